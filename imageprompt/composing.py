@@ -1,0 +1,156 @@
+"""`compose`: pretrained parts to one model and its processor.
+
+Everything that can go silently wrong when a vision backbone meets a language model is checked here, once: the head
+must reproduce the language model's own logits, the preprocessing must be the one the weights were trained with, and
+image plus text must fit the positions.
+"""
+
+import copy
+import os
+import tempfile
+from typing import Any
+
+import timm
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .configuration import ImagePromptConfig
+from .image_processing import ImagePromptImageProcessor
+from .modeling import ImagePromptForConditionalGeneration
+from .processing import ImagePromptProcessor
+from .vision import Backbone, resolve_backbone
+
+IMAGE_TOKEN = "<image>"
+
+
+def compose(
+    vision: str | os.PathLike,
+    text: str | os.PathLike | PreTrainedConfig,
+    *,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+    pretrained: bool = True,
+    model_args: dict[str, Any] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    **config_fields,
+) -> tuple[ImagePromptForConditionalGeneration, ImagePromptProcessor]:
+    """Join a timm backbone and a causal language model into an image-prompt model and its processor.
+
+    Args:
+        vision: a timm name, a Hub id, or a local folder in timm's Hub layout.
+        text: a Hub id or local folder of a causal language model, or its configuration (random weights).
+        tokenizer: a tokenizer, or where to load it from; by default from `text`.
+        pretrained: load weights of every part that names some; `False` starts all from random ones.
+        model_args: keywords for `timm.create_model`, for example `{"drop_path_rate": 0.1}`.
+        preprocessing: overrides of timm's data configuration, for example `{"input_size": (3, 96, 96)}`.
+        config_fields: fields of [`ImagePromptConfig`]: `connector`, `num_image_tokens`, `fusion`, `trainable`.
+
+    Returns:
+        The model in eval mode, in fp32, and the processor.
+
+    Raises:
+        ValueError: for unknown names (with close ones), a missing tokenizer, a language model whose logits a plain
+            head does not reproduce, or a mean or std that pretrained weights were not trained with.
+    """
+    backbone = resolve_backbone(vision, model_args=model_args, preprocessing=preprocessing)
+    if pretrained:
+        _refuse_foreign_statistics(backbone, resolve_backbone(vision, model_args=model_args))
+    text_config = text if isinstance(text, PreTrainedConfig) else AutoConfig.from_pretrained(text)
+    tokenizer = _prepare_tokenizer(tokenizer if tokenizer is not None else text, text_config)
+
+    text_config = copy.deepcopy(text_config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text_config, name, getattr(tokenizer, name))
+    if pretrained and not isinstance(text, PreTrainedConfig):
+        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
+    else:
+        language_model = AutoModelForCausalLM.from_config(text_config)
+    # Rows may be missing for the placeholder, or be more than the tokenizer uses.
+    text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
+
+    config = ImagePromptConfig.from_backbones(
+        vision,
+        text_config,
+        model_args=model_args,
+        preprocessing=preprocessing,
+        image_token_id=tokenizer.image_token_id,
+        **config_fields,
+    )
+    model = ImagePromptForConditionalGeneration(config).eval()
+    _load_language_model(model, language_model.eval())
+    if pretrained:
+        model.model.vision_tower.timm_model.load_state_dict(_timm_weights(backbone))
+
+    processor = ImagePromptProcessor(
+        ImagePromptImageProcessor.from_pretrained_cfg(config.vision_config.pretrained_cfg),
+        tokenizer,
+        num_image_tokens=config.num_image_tokens,
+    )
+    processor.check_model(model)
+    return model, processor
+
+
+def _prepare_tokenizer(source: Any, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer with a placeholder token, a padding token and left padding, all of which `save_pretrained` keeps."""
+    if isinstance(source, PreTrainedConfig):
+        raise ValueError("A language-model configuration brings no tokenizer: pass `tokenizer=`.")
+    settings = {
+        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
+        "padding_side": "left",  # an attribute set later would not be saved
+    }
+    if (positions := getattr(text_config, "max_position_embeddings", None)) is not None:
+        settings["model_max_length"] = positions
+    if isinstance(source, PreTrainedTokenizerBase):
+        with tempfile.TemporaryDirectory() as folder:  # a copy: the caller's tokenizer stays as it is
+            source.save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source, **settings)
+    if tokenizer.eos_token is None:
+        raise ValueError("The tokenizer has no `eos_token`: without one, no answer can learn to end.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _refuse_foreign_statistics(wanted: Backbone, trained: Backbone) -> None:
+    for key in ("mean", "std"):
+        if wanted.pretrained_cfg[key] != trained.pretrained_cfg[key]:
+            raise ValueError(
+                f"The weights of {trained.architecture} were trained with {key} {trained.pretrained_cfg[key]}, not "
+                f"{wanted.pretrained_cfg[key]}: leave it out of `preprocessing`, or compose with pretrained=False."
+            )
+
+
+def _timm_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+    try:
+        model = timm.create_model(backbone.weights, pretrained=True, num_classes=0, **backbone.model_args)
+    except RuntimeError as error:
+        raise ValueError(
+            f"timm cannot load weights for {backbone.weights!r}: {error} Random weights: pretrained=False."
+        ) from error
+    return model.state_dict()
+
+
+@torch.no_grad()
+def _load_language_model(model: ImagePromptForConditionalGeneration, language_model: PreTrainedModel) -> None:
+    """Copy the weights, and check that this model's logits for plain text are the language model's own.
+
+    Some language models do more between their last layer and their logits (biases, scales, soft-caps, projections)
+    than a head without bias; they are refused.
+    """
+    vocab_size = language_model.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    ids[ids == model.config.image_token_id] = 0
+    expected = language_model(ids).logits
+
+    language_model.resize_token_embeddings(model.config.vocab_size, mean_resizing=False)
+    model.model.language_model.load_state_dict(language_model.base_model.state_dict())
+    model.lm_head.load_state_dict({"weight": language_model.get_output_embeddings().weight})
+
+    difference = (model(ids).logits[..., :vocab_size] - expected).abs().max()
+    if not difference <= 1e-5 * expected.abs().max().clamp(min=1):
+        raise ValueError(
+            f"{type(language_model).__name__} does more than a plain head: its logits differ by {difference:.2g}. "
+            "Choose a language model of the GPT-2 kind."
+        )
