@@ -101,7 +101,7 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
         super().train(mode)
         tower = self.base_model.vision_tower
         # Adapters may be trained inside a frozen tower: its statistics must stay all the same.
-        if not self.config.trainable["vision"] or not _learns(tower):
+        if not (self.config.trainable["vision"] and _learns(tower)):
             tower.eval()
         return self
 

@@ -192,7 +192,7 @@ class ImagePromptProcessor(ProcessorMixin):
             if not isinstance(sample, str):
                 raise ValueError(f"`text` of row {row} is a {type(sample).__name__}, not a string.")
         if images is None:
-            rows = [[] for _ in texts]
+            rows: list[list] = [[] for _ in texts]
         else:
             rows = self._image_rows(images, texts)
             if texts is None:

@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.models import load_model_config_from_hf
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
@@ -115,8 +115,6 @@ def _registered_cfg(name: str) -> dict[str, Any]:
 
 
 def _read_timm_folder(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    from timm.models import load_model_config_from_path
-
     try:
         return load_model_config_from_path(folder)
     except (FileNotFoundError, KeyError) as error:
@@ -199,5 +197,5 @@ class VisionTower(TimmWrapperModel):
     def post_init(self):
         for tensor in (*self.parameters(), *self.buffers()):
             if not tensor.is_meta:
-                tensor._is_hf_initialized = True
+                setattr(tensor, "_is_hf_initialized", True)  # noqa: B010
         super().post_init()

@@ -1,0 +1,79 @@
+"""What the tests share: a tokenizer trained on the spot, tiny random parts, and pictures made of noise."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2Tokenizer, PreTrainedTokenizerBase, set_seed
+
+from imageprompt import compose
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+# One backbone per feature layout, small enough for a test: (timm name, timm keywords, input size).
+BACKBONES = {
+    "NCHW": ("resnet10t", {}, (3, 64, 64)),
+    "NLC": ("vit_tiny_patch16_224", {"depth": 2}, (3, 64, 64)),
+    "NHWC": ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 6)}, (3, 64, 64)),
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    set_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data, where the workplace has one."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level BPE of GPT-2's kind with 400 tokens."""
+    corpus = ["A photo of a dog!", "Two cats on a red sofa.", "What is it? It is the number seven.", "User: Assistant:"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return GPT2Tokenizer(tokenizer_object=bpe)
+
+
+def tiny_gpt2(**overrides) -> GPT2Config:
+    """Two narrow layers without dropout, so that training mode and eval mode agree."""
+    settings = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 256, "vocab_size": 400}
+    settings |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2Config(**settings | overrides)
+
+
+def tiny(tokenizer, layout: str = "NCHW", text_config: GPT2Config | None = None, **settings):
+    """(model, processor) around the small backbone of that layout, from random weights."""
+    name, model_args, input_size = BACKBONES[layout]
+    settings = {"preprocessing": {"input_size": input_size}, "model_args": model_args, "num_image_tokens": 4} | settings
+    return compose(name, text_config or tiny_gpt2(), tokenizer=tokenizer, pretrained=False, **settings)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (70, 90), mode: str = "RGB") -> Image.Image:
+    """Noise of (height, width), the same for the same seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def max_difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    return (first.float() - second.float()).abs().max().item()
