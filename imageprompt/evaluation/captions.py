@@ -1,0 +1,81 @@
+"""Caption scores, equal to coco-caption's and without Java.
+
+The scorers are pycocoevalcap's (the code behind the published COCO figures). Only its tokenizer, a Java program, is
+replaced: by nltk's Penn Treebank tokenizer, with the same punctuation removed afterwards.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from nltk.tokenize import TreebankWordTokenizer
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+# What coco-caption's ptbtokenizer.py drops, and nltk's spelling of quotes and brackets.
+_PUNCTUATION = {"''", "'", "``", "`", '"', "(", ")", "[", "]", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+
+# Words that keep their full stop in coco-caption's tokenizer, as far as captions use them ("bat." is a battalion).
+_ABBREVIATIONS = {
+    "ave",
+    "bat",
+    "co",
+    "corp",
+    "dr",
+    "etc",
+    "ft",
+    "inc",
+    "jr",
+    "ltd",
+    "mr",
+    "mrs",
+    "ms",
+    "mt",
+    "rd",
+    "sr",
+}
+_ABBREVIATIONS |= {"st", "vs"}
+
+
+def tokenize_caption(caption: str) -> str:
+    """Lower-case Penn Treebank tokens without punctuation, joined by spaces."""
+    words = []
+    # nltk splits a full stop only from the last word of a text, so it is taken off and, for abbreviations, put back.
+    for token in TreebankWordTokenizer().tokenize(caption.lower()):
+        if token == "." and words and words[-1] in _ABBREVIATIONS:
+            words[-1] += "."
+        elif token not in _PUNCTUATION:
+            word = token.rstrip(".")
+            words.append(token if word in _ABBREVIATIONS or "." in word else word)
+    return " ".join(filter(None, words))
+
+
+def caption_scores(candidates: Mapping[object, str], references: Mapping[object, Sequence[str]]) -> dict[str, float]:
+    """BLEU (Papineni et al., 2002), ROUGE-L (Lin, 2004) and CIDEr-D (arXiv 1411.5726) of captions.
+
+    Args:
+        candidates: one caption per image id.
+        references: the captions that people wrote, per image id. CIDEr weighs words by how rare they are among all of
+            these, so it depends on the whole set.
+
+    Returns:
+        `BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr`, as fractions (published tables often multiply by 100).
+
+    Raises:
+        ValueError: if the ids differ, or an image has no reference.
+    """
+    if set(candidates) != set(references):
+        different = sorted(map(str, set(candidates) ^ set(references)))
+        raise ValueError(f"Candidates and references are of different images: {len(different)} ids, {different[:3]}…")
+    if not candidates:
+        raise ValueError("There is nothing to score: no candidates.")
+    for image, captions in references.items():
+        if isinstance(captions, str) or not captions:
+            raise ValueError(f"References are lists of at least one caption; image {image!r} has {captions!r}.")
+    tokenized_references = {image: [tokenize_caption(text) for text in references[image]] for image in references}
+    tokenized_candidates = {image: [tokenize_caption(candidates[image])] for image in references}
+
+    bleu, _ = Bleu(4).compute_score(tokenized_references, tokenized_candidates, verbose=0)
+    rouge, _ = Rouge().compute_score(tokenized_references, tokenized_candidates)
+    cider, _ = Cider().compute_score(tokenized_references, tokenized_candidates)
+    scores = {f"BLEU-{n}": score for n, score in enumerate(bleu, start=1)} | {"ROUGE-L": rouge, "CIDEr": cider}
+    return {name: float(score) for name, score in scores.items()}
