@@ -1,0 +1,76 @@
+"""The `imageprompt` command. Each subcommand imports what it needs when it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="An image is a prompt: any timm backbone in front of GPT-2.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Argument(help="Where the model and a picture of its answers go.")] = Path("runs/quickstart"),
+    epochs: Annotated[float, typer.Option(help="Passes over the 1,437 training scans.", min=0.01)] = 12,
+) -> None:
+    """Train a small model on handwritten digits, reload it and let it answer in words (about a minute)."""
+    from .training.quickstart import quickstart
+
+    quickstart(folder, epochs)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def train(context: typer.Context) -> None:
+    """Train or fine-tune on a data set of images and texts (see `imageprompt train --help`)."""
+    from .training.train import main
+
+    main(context.args)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Saved model: a local folder or Hub id.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders of images, or URLs.")],
+    prompt: Annotated[str, typer.Option(help="Text before the answer, for example a question.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Images answered at once.", min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 30,
+    num_beams: Annotated[int, typer.Option(help="Beams; 1 is greedy search.", min=1)] = 1,
+) -> None:
+    """Print one line per image: its name, a tab, and what the model says."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from .generating import find_images, generate_texts
+
+    files = find_images(images)
+    loaded = AutoModelForImageTextToText.from_pretrained(model, device_map="auto")
+    processor = AutoProcessor.from_pretrained(model)
+    processor.check_model(loaded)
+    answers = generate_texts(
+        loaded,
+        processor,
+        files,
+        prompt,
+        batch_size=batch_size,
+        progress=len(files) > batch_size,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+    )
+    for file, answer in zip(files, answers, strict=True):
+        typer.echo(f"{file}\t{answer}")
+
+
+def main() -> None:
+    """Run the command; a mistake in the input ends with its message instead of a traceback."""
+    try:
+        app()
+    except ValueError as error:
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training from the command line: `imageprompt train` and `imageprompt quickstart`."""

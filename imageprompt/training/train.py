@@ -1,0 +1,129 @@
+"""Train or fine-tune an image-prompt model on a data set of images and texts, with transformers' own Trainer.
+
+Run it as `imageprompt train …`, `python scripts/train.py …` or `accelerate launch scripts/train.py …`. Every field of
+`TrainingArguments` is an option as well.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GPT2Config,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..composing import compose
+from ..data import ImagePromptCollator
+from ..data.reading import as_rows, augmentation, read_split
+from ..modeling import ImagePromptForConditionalGeneration
+from ..processing import ImagePromptProcessor
+
+
+@dataclass
+class ModelArguments:
+    """Which model: a saved one (`--model`), or parts to compose (`--vision` and `--text` or `--text_config`)."""
+
+    model: str | None = field(default=None, metadata={"help": "Saved imageprompt model to go on with."})
+    vision: str | None = field(default=None, metadata={"help": "timm name, Hub id or local folder of the backbone."})
+    text: str | None = field(default=None, metadata={"help": "Hub id or local folder of the GPT-2 language model."})
+    text_config: dict | str | None = field(
+        default=None, metadata={"help": 'A new GPT-2 instead, as JSON: \'{"n_layer": 4, "n_embd": 256, "n_head": 4}\'.'}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Where to load the tokenizer from, if not --text."})
+    pretrained: bool = field(default=True, metadata={"help": "Load the parts' weights, or start from random ones."})
+    connector: str = field(default="mlp", metadata={"help": "Connector between backbone and language model."})
+    num_image_tokens: int | None = field(default=None, metadata={"help": "Tokens per image; the connector's default."})
+    image_size: int | None = field(default=None, metadata={"help": "Square input in pixels, instead of the backbone's."})
+    crop_pct: float | None = field(default=None, metadata={"help": "Share of the resized image that is kept."})
+    model_args: dict | str | None = field(default=None, metadata={"help": "Further timm.create_model keywords, JSON."})
+    train_vision: bool = field(default=True, metadata={"help": "Whether the vision tower learns."})
+    train_connector: bool = field(default=True, metadata={"help": "Whether the connector learns."})
+    train_text: bool = field(default=True, metadata={"help": "Whether the language model learns."})
+
+
+@dataclass
+class DataArguments:
+    """Which data: a data set that `datasets.load_dataset` understands, and the names of its columns."""
+
+    dataset: str = field(metadata={"help": "Local folder or Hub name."})
+    train_split: str = field(default="train")
+    eval_split: str = field(default="validation", metadata={"help": "Used with --eval_strategy."})
+    image_column: str = field(default="image")
+    suffix_column: str = field(default="suffix", metadata={"help": "The text to learn; of a list, one is drawn."})
+    text_column: str | None = field(default=None, metadata={"help": "A prompt for each row, such as a question."})
+    prompt: str = field(default="", metadata={"help": "One prompt for all rows."})
+    augment: bool = field(default=False, metadata={"help": "Crop and mirror training images at random."})
+    max_length: int | None = field(default=None, metadata={"help": "Trim longer answers; in tokens, with the image."})
+
+
+def build_model(args: ModelArguments) -> tuple[ImagePromptForConditionalGeneration, ImagePromptProcessor]:
+    """The model that the arguments ask for, and its processor."""
+    if args.model is not None:
+        model = AutoModelForImageTextToText.from_pretrained(args.model)
+        processor = AutoProcessor.from_pretrained(args.model)
+    else:
+        if args.vision is None or (args.text is None) == (args.text_config is None):
+            raise ValueError("Pass --model, or --vision with one of --text and --text_config.")
+        preprocessing: dict = {"input_size": (3, args.image_size, args.image_size)} if args.image_size else {}
+        if args.crop_pct is not None:
+            preprocessing["crop_pct"] = args.crop_pct
+        model, processor = compose(
+            args.vision,
+            args.text or GPT2Config(**_parsed(args.text_config)),
+            tokenizer=args.tokenizer,
+            pretrained=args.pretrained,
+            model_args=_parsed(args.model_args),
+            preprocessing=preprocessing,
+            connector=args.connector,
+            num_image_tokens=args.num_image_tokens,
+        )
+    processor.check_model(model)
+    model.set_trainable(vision=args.train_vision, connector=args.train_connector, text=args.train_text)
+    return model, processor
+
+
+def _parsed(value: dict | str | None) -> dict:
+    return json.loads(value) if isinstance(value, str) else value or {}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse `argv` (the command line by default), train, and save model, processor and metrics."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
+    training_args.remove_unused_columns = False  # the collator reads columns that the model does not name
+    training_args.dataloader_pin_memory &= training_args.device.type != "cpu"
+    set_seed(training_args.seed)
+
+    columns = {name: getattr(data_args, name) for name in ("image_column", "suffix_column", "text_column", "prompt")}
+    train_split = read_split(data_args.dataset, data_args.train_split)
+    evaluates = training_args.eval_strategy != "no"
+    eval_rows = as_rows(read_split(data_args.dataset, data_args.eval_split), **columns) if evaluates else None
+    model, processor = build_model(model_args)
+    augment = augmentation(model.config.image_size) if data_args.augment else None
+
+    trainer = Trainer(
+        model,
+        training_args,
+        train_dataset=as_rows(train_split, augment=augment, **columns),
+        eval_dataset=eval_rows,
+        data_collator=ImagePromptCollator(processor, max_length=data_args.max_length),
+        processing_class=processor,
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    if trainer.is_world_process_zero():
+        print(f"Saved to {Path(training_args.output_dir).resolve()}")
+
+
+if __name__ == "__main__":
+    main()
