@@ -7,6 +7,7 @@ no graph and stays in eval mode; and in training the head runs on supervised pos
 """
 
 import inspect
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -85,16 +86,26 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
         text = [base.language_model] + ([self.lm_head] if hasattr(self, "lm_head") else [])
         return dict(zip(PARTS, ([base.vision_tower], [base.connector], text), strict=True))
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """`PreTrainedModel.from_pretrained`, with the parts frozen that the configuration says are frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.set_trainable(**model.config.trainable)  # the library loads every weight as one that learns
+        return loaded
+
     def set_trainable(self, vision: bool | None = None, connector: bool | None = None, text: bool | None = None):
         """Choose which parts learn; `None` leaves a part as it is. The choice is saved with the configuration.
 
         A frozen vision tower also stays in eval mode inside `model.train()`, so that its batch-norm statistics stay.
         """
         wanted = {"vision": vision, "connector": connector, "text": text}
-        self.config.trainable = self.config.trainable | {k: v for k, v in wanted.items() if v is not None}
-        for part, modules in self._parts.items():
-            for module in modules:
-                module.requires_grad_(self.config.trainable[part])
+        wanted = {part: learns for part, learns in wanted.items() if learns is not None}
+        self.config.trainable = self.config.trainable | wanted
+        for part, learns in wanted.items():
+            for parameter in (parameter for module in self._parts[part] for parameter in module.parameters()):
+                # Quantised weights are integers and cannot learn.
+                parameter.requires_grad_(learns and parameter.is_floating_point())
         return self.train(self.training)
 
     def train(self, mode: bool = True):
@@ -127,7 +138,7 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         # ALiBi models and others that count for themselves take no positions.
         self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
         self.post_init()
-        self.set_trainable()
+        self.set_trainable(**config.trainable)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -228,7 +239,9 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         past_is_known = isinstance(past, int)  # a static cache counts in a tensor; reading it would stall the device
-        _check_positions(self.config, length + (past if past_is_known and attention_mask is None else 0))
+        mask_is_2d = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        if past_is_known:
+            _check_mask_and_positions(self.config, past, length, attention_mask if mask_is_2d else None)
         is_prefill = length > 1 or (past_is_known and past == 0)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -241,13 +254,13 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif is_prefill and input_ids is not None:
+        elif is_prefill:
             self.get_placeholder_mask(input_ids, inputs_embeds, None)
         if image_features is None and self._must_touch_image_parameters():
             inputs_embeds = inputs_embeds + self._zero_from_image_parameters().to(inputs_embeds)
 
         if self._takes_positions:
-            if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            if position_ids is None and mask_is_2d:
                 position_ids = positions_from_mask(attention_mask, length)
             kwargs["position_ids"] = position_ids
         outputs = self.language_model(
@@ -262,21 +275,15 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         )
 
     def _must_touch_image_parameters(self) -> bool:
-        """Whether a batch without images would leave other processes waiting for its gradients."""
-        return (
-            self.training
-            and torch.is_grad_enabled()
-            and torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and (_learns(self.vision_tower) or _learns(self.connector))
-        )
+        """Whether a batch without images would leave other processes waiting for its weights or gradients."""
+        return self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
 
     def _zero_from_image_parameters(self) -> Tensor:
         """Zero, computed from one blank image, so that every image parameter takes part in the graph."""
         was_training = self.vision_tower.training
         self.vision_tower.eval()  # a blank image must not enter the batch-norm statistics
         blank = torch.zeros(1, self.config.num_channels, *self.config.image_size, device=self.device, dtype=self.dtype)
-        zero = self.get_image_features(blank, return_dict=True).pooler_output.sum() * 0
+        zero = (self.get_image_features(blank, return_dict=True).pooler_output * 0).sum()
         self.vision_tower.train(was_training)
         return zero
 
@@ -286,7 +293,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
 
     # The input embeddings' name depends on the language model's family.
     _tied_weights_keys = {
-        "lm_head.weight": r"model\.language_model\.(wte|embed_tokens|embed_in|word_embeddings)\.weight"
+        "lm_head.weight": r"model\.language_model\.(decoder\.)?(wte|embed_tokens|embed_in|word_embeddings)\.weight"
     }
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -295,7 +302,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         self.model = ImagePromptModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-        self.set_trainable()
+        self.set_trainable(**config.trainable)
         # A placeholder is no word: it may not be generated.
         self.generation_config.suppress_tokens = [config.image_token_id]
 
@@ -391,25 +398,47 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         return log_likelihood.new_zeros(labels.shape[0]).index_add_(0, rows, log_likelihood)
 
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
-        """`GenerationMixin.generate`, after checking that prompt and new tokens fit the language model.
+        """`GenerationMixin.generate` for prompts that fit, padded on either side.
 
         Raises:
-            ValueError: if the longest prompt plus `max_new_tokens` needs more positions than there are.
+            ValueError: if the longest prompt plus the new tokens needs more positions than the language model has;
+                images are not encoded then.
         """
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
         mask = kwargs.get("attention_mask")
-        prompt = next(
-            (t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None
-        )
+        prompt = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids")
         if prompt is not None:
             length = prompt.shape[1] if mask is None else int(mask.sum(-1).max())
+            _check_positions(self.config, length, self._count_new_tokens(prompt.shape[1], generation_config, kwargs))
+        if mask is not None and not mask[:, -1].all():
+            kwargs |= _pad_left(kwargs)
+        if kwargs.get("mm_encoder_outputs"):
+            # The library repeats these in place for beams; the caller may want them again.
+            kwargs["mm_encoder_outputs"] = {name: copy(output) for name, output in kwargs["mm_encoder_outputs"].items()}
+        return super().generate(generation_config=generation_config, **kwargs)
 
-            def setting(name):
-                sources = (generation_config, self.generation_config)
-                return kwargs.get(name) or next((v for s in sources if s and (v := getattr(s, name))), None)
+    def _count_new_tokens(self, padded_length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
+        """How many tokens `generate` may add, by the library's order of precedence; at least one."""
+        sources = (kwargs, *(config.to_dict() for config in (generation_config, self.generation_config) if config))
+        first = {
+            name: next((source[name] for source in sources if source.get(name) is not None), None)
+            for name in ("max_new_tokens", "max_length")
+        }
+        if first["max_new_tokens"] is not None:
+            return first["max_new_tokens"]
+        return max(1, (first["max_length"] or 0) - padded_length)
 
-            new = setting("max_new_tokens") or max((setting("max_length") or 0) - prompt.shape[1], 0)
-            _check_positions(self.config, length, new)
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+def _pad_left(inputs: dict) -> dict:
+    """The inputs of `generate` with padding moved to the left, as new tokens follow the last position."""
+    mask, past = inputs["attention_mask"], inputs.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        raise ValueError("Padding on the right cannot be moved behind a cache: pad on the left.")
+    order = mask.argsort(dim=-1, stable=True)
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    return {name: inputs[name][rows, order] for name in names if inputs.get(name) is not None}
 
 
 def positions_from_mask(attention_mask: Tensor, length: int) -> Tensor:
@@ -419,6 +448,19 @@ def positions_from_mask(attention_mask: Tensor, length: int) -> Tensor:
         attention_mask: (rows, past + length), 1 at tokens and 0 at padding.
     """
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+def _check_mask_and_positions(config: ImagePromptConfig, past: int, length: int, attention_mask: Tensor | None) -> None:
+    total = past + length
+    if attention_mask is not None and attention_mask.shape[1] != total:
+        raise ValueError(
+            f"`attention_mask` covers {attention_mask.shape[1]} positions, but there are {past} in the cache and "
+            f"{length} new ones: it must cover all {total}."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if attention_mask is not None and positions is not None and total > positions:
+        total = int(attention_mask.sum(-1).max())  # padding takes no position
+    _check_positions(config, total)
 
 
 def _check_positions(config: ImagePromptConfig, length: int, new_tokens: int = 0) -> None:

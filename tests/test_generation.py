@@ -1,0 +1,338 @@
+"""Generation: rows are independent of their batch, images are encoded once, and what cannot fit is refused early.
+
+The reference everywhere is the plainest loop there is: one row at a time, no cache, the whole model for every token.
+"""
+
+import pytest
+import torch
+from conftest import BACKBONES, max_difference, picture, tiny, tiny_gpt2
+from PIL import Image
+from transformers import DynamicCache, GenerationConfig, GPT2LMHeadModel, StaticCache
+
+NEW_TOKENS = 6
+# Plain colours: a random backbone tells them apart better than two pictures of noise.
+RED, GREEN, BLUE, WHITE = (Image.new("RGB", (70, 90), colour) for colour in ("red", "green", "blue", "white"))
+ROWS = [  # images and text of each row
+    ([RED], "A photo of"),
+    ([], "What is it? It is the number"),
+    ([GREEN, BLUE, WHITE], "Two"),
+]
+
+
+def lively(tokenizer, layout="NCHW", **settings):
+    """(model, processor) whose logits vary enough that a wrong image or position changes the words."""
+    model, processor = tiny(tokenizer, layout, text_config=tiny_gpt2(initializer_range=0.2), **settings)
+    for parameter in model.model.connector.parameters():
+        torch.nn.init.normal_(parameter, std=2.0)
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer):
+    torch.manual_seed(0)
+    return lively(tokenizer)
+
+
+def batch_inputs(processor, rows=ROWS, **kwargs):
+    images, texts = [images for images, _ in rows], [text for _, text in rows]
+    return processor(images=images, text=texts, padding=True, return_tensors="pt", **kwargs)
+
+
+def row_inputs(processor, row):
+    images, text = row
+    return processor(images=[images] if images else None, text=[text], return_tensors="pt")
+
+
+def count_tower_calls(model) -> list[int]:
+    """A list that grows by the number of images of every call of the vision tower."""
+    calls = []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
+    )
+    return calls
+
+
+@torch.no_grad()
+def reference_greedy(model, inputs, new_tokens=NEW_TOKENS):
+    """New tokens of one row, without cache, batch or `generate`."""
+    ids, new = inputs["input_ids"], []
+    while len(new) < new_tokens:
+        logits = model(input_ids=ids, pixel_values=inputs.get("pixel_values"), use_cache=False).logits[0, -1]
+        logits[model.config.image_token_id] = float("-inf")
+        new.append(logits.argmax().item())
+        if new[-1] == model.generation_config.eos_token_id:
+            break
+        ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
+    return new
+
+
+def new_tokens(model, inputs, **kwargs):
+    """The new tokens of every returned sequence, without the padding that follows an end."""
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
+    output, eos = output[:, inputs["input_ids"].shape[1] :].tolist(), model.generation_config.eos_token_id
+    return [row[: row.index(eos) + 1] if eos in row else row for row in output]
+
+
+@pytest.mark.parametrize("layout", BACKBONES)
+def test_images_decide_the_words(tokenizer, layout):
+    model, processor = lively(tokenizer, layout)
+    inputs = processor(images=[RED, GREEN, BLUE, WHITE], text="A", return_tensors="pt")
+    assert len({str(words) for words in new_tokens(model, inputs)}) == 4
+
+
+@pytest.mark.parametrize("layout", BACKBONES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pain_03_batched_rows_generate_what_they_generate_alone(tokenizer, layout, side):
+    model, processor = lively(tokenizer, layout)
+    expected = [reference_greedy(model, row_inputs(processor, row)) for row in ROWS]
+    assert new_tokens(model, batch_inputs(processor, padding_side=side)) == expected
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("layout", BACKBONES)
+def test_pain_21_beams_of_a_batch_equal_beams_of_its_rows(tokenizer, layout, side):
+    model, processor = lively(tokenizer, layout)
+    expected = [new_tokens(model, row_inputs(processor, row), num_beams=4)[0] for row in ROWS]
+    assert new_tokens(model, batch_inputs(processor, padding_side=side), num_beams=4) == expected
+
+
+def test_one_row_without_padding_needs_no_mask(pair):
+    model, processor = pair
+    inputs = row_inputs(processor, ROWS[0])
+    with_mask = new_tokens(model, inputs)
+    del inputs["attention_mask"]
+    assert new_tokens(model, inputs) == with_mask
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 3},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_pain_23_every_way_to_decode_gives_the_same_tokens(pair, settings):
+    model, processor = pair
+    rows = ROWS[:1] if "prompt_lookup_num_tokens" in settings else ROWS
+    expected = [reference_greedy(model, row_inputs(processor, row)) for row in rows]
+    assert new_tokens(model, batch_inputs(processor, rows), **settings) == expected
+
+
+def test_beams_with_a_static_cache(pair):
+    model, processor = pair
+    inputs = batch_inputs(processor)
+    assert new_tokens(model, inputs, num_beams=4, cache_implementation="static") == new_tokens(
+        model, inputs, num_beams=4
+    )
+
+
+def test_eager_attention_generates_the_same_tokens(tokenizer):
+    model, processor = lively(tokenizer)
+    inputs = batch_inputs(processor)
+    expected = new_tokens(model, inputs)
+    model.set_attn_implementation({"text_config": "eager"})
+    assert model.model.language_model.config._attn_implementation == "eager"
+    assert new_tokens(model, inputs) == expected
+
+
+def test_embeddings_instead_of_ids_give_the_same_tokens(pair):
+    model, processor = pair
+    inputs = batch_inputs(processor)
+    expected = new_tokens(model, inputs, num_beams=2)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    for extra in ({}, {"input_ids": inputs["input_ids"]}):
+        output = model.generate(
+            inputs_embeds=embeds,
+            pixel_values=inputs["pixel_values"],
+            attention_mask=inputs["attention_mask"],
+            num_beams=2,
+            max_new_tokens=NEW_TOKENS,
+            **extra,
+        )
+        assert output[:, -NEW_TOKENS:].tolist() == expected
+
+
+def test_right_padded_embeddings_are_aligned_too(pair):
+    model, processor = pair
+    expected = new_tokens(model, batch_inputs(processor))
+    inputs = batch_inputs(processor, padding_side="right")
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    output = model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=NEW_TOKENS)
+    assert output.tolist() == expected
+
+
+def test_a_conversation_continues_from_its_cache(pair):
+    model, processor = pair
+    first = row_inputs(processor, ROWS[0])
+    cache = DynamicCache(config=model.config.text_config)
+    ids = model.generate(**first, past_key_values=cache, max_new_tokens=3)
+    question = processor.tokenizer(" What is it?", return_tensors="pt").input_ids
+    ids = torch.cat([ids, question], dim=1)
+    expected = reference_greedy(model, {"input_ids": ids, "pixel_values": first["pixel_values"]})
+    calls = count_tower_calls(model)
+    continued = model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=NEW_TOKENS)
+    assert continued[0, ids.shape[1] :].tolist() == expected
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3}, {"do_sample": True, "num_return_sequences": 3}],
+    ids=["greedy", "beams", "beams returned", "samples"],
+)
+def test_pain_21_the_tower_runs_once_per_generate(tokenizer, settings):
+    model, processor = lively(tokenizer)
+    calls = count_tower_calls(model)
+    output = model.generate(**batch_inputs(processor), max_new_tokens=4, **settings)
+    assert calls == [4]  # one call, with the four images
+    assert len(output) == len(ROWS) * settings.get("num_return_sequences", 1)
+
+
+def test_returned_sequences_stay_with_their_image(pair):
+    model, processor = pair
+    settings = {"num_beams": 4, "num_return_sequences": 2}
+    expected = [ids for row in ROWS for ids in new_tokens(model, row_inputs(processor, row), **settings)]
+    assert new_tokens(model, batch_inputs(processor), **settings) == expected
+
+
+def test_encoded_images_are_reused_and_left_as_they_are(pair):
+    model, processor = pair
+    inputs = batch_inputs(processor)
+    expected = new_tokens(model, inputs, num_beams=4)
+    features = {"image": model.get_image_features(inputs.pop("pixel_values"), return_dict=True)}
+    for _ in range(2):
+        assert new_tokens(model, inputs, num_beams=4, mm_encoder_outputs=features) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 4}, {"do_sample": True, "top_k": 20}, {"num_beams": 3, "do_sample": True}],
+    ids=["greedy", "beams", "sampling", "sampled beams"],
+)
+def test_text_alone_generates_what_gpt2_generates(pair, settings):
+    model, processor = pair
+    gpt2 = GPT2LMHeadModel(model.config.text_config).eval()
+    gpt2.transformer.load_state_dict(model.model.language_model.state_dict())
+    gpt2.tie_weights()
+    inputs = processor(text=["A photo of", "What is it? It is"], padding=True, return_tensors="pt")
+    settings = {"max_new_tokens": 12, "suppress_tokens": model.generation_config.suppress_tokens} | settings
+    torch.manual_seed(3)
+    expected = gpt2.generate(**inputs, **settings)
+    torch.manual_seed(3)
+    assert model.generate(**inputs, **settings).tolist() == expected.tolist()
+
+
+def test_the_placeholder_is_never_generated(tokenizer):
+    model, processor = tiny(tokenizer, text_config=tiny_gpt2(tie_word_embeddings=False))
+    with torch.no_grad():  # the placeholder has the highest logit everywhere
+        model.model.language_model.ln_f.bias.fill_(1.0)
+        model.lm_head.weight.zero_()[model.config.image_token_id] = 1.0
+    inputs = processor(images=picture(), text="A", return_tensors="pt")
+
+    def count(**settings):
+        return (model.generate(**inputs, **settings) == model.config.image_token_id).sum()
+
+    assert count(max_new_tokens=5, suppress_tokens=[1]) == processor.num_image_tokens + 5
+    for settings in ({"max_new_tokens": 5}, {"generation_config": GenerationConfig(max_new_tokens=5, do_sample=True)}):
+        assert count(**settings) == processor.num_image_tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "fits"),
+    [
+        ({"max_new_tokens": 20}, True),
+        ({"max_new_tokens": 21}, False),
+        ({"max_new_tokens": 21, "num_beams": 3}, False),
+        ({"generation_config": GenerationConfig(max_new_tokens=20)}, True),
+        ({"generation_config": GenerationConfig(max_new_tokens=21)}, False),
+        ({"max_new_tokens": 20, "max_length": 1000}, True),
+        ({"max_length": 32}, True),
+        ({"max_length": 33}, False),
+        ({"generation_config": GenerationConfig(max_length=33)}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("embedded", [False, True], ids=["ids", "embeddings"])
+def test_pain_05_what_does_not_fit_the_positions_is_refused_before_images_are_encoded(
+    tokenizer, settings, fits, embedded
+):
+    model, processor = tiny(tokenizer, text_config=tiny_gpt2(n_positions=32))
+    inputs = processor(images=picture(), text="number!!", return_tensors="pt")
+    assert inputs["input_ids"].shape[1] <= 12
+    pad = 12 - inputs["input_ids"].shape[1]
+    for name, value in (("input_ids", 5), ("attention_mask", 1)):
+        inputs[name] = torch.nn.functional.pad(inputs[name], (0, pad), value=value)  # 12 tokens for a prompt
+    if embedded:
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    calls = count_tower_calls(model)
+    if fits:
+        model.generate(**inputs, eos_token_id=-1, **settings)
+        assert calls == [1]
+    else:
+        with pytest.raises(ValueError, match="positions"):
+            model.generate(**inputs, **settings)
+        assert calls == []
+
+
+def test_pain_05_the_models_own_generation_config_counts(tokenizer):
+    model, processor = tiny(tokenizer)
+    model.generation_config.max_new_tokens = 10_000
+    with pytest.raises(ValueError, match="10000 new ones"):
+        model.generate(**processor(images=picture(), return_tensors="pt"))
+
+
+def test_padding_takes_no_position(tokenizer):
+    model, processor = tiny(tokenizer, text_config=tiny_gpt2(n_positions=16))
+    inputs = processor(images=picture(), text="A", return_tensors="pt", padding="max_length", max_length=16)
+    output = model.generate(**inputs, max_new_tokens=11, eos_token_id=-1)
+    alone = processor(images=picture(), text="A", return_tensors="pt")
+    assert output[0, 11:].tolist() == model.generate(**alone, max_new_tokens=11, eos_token_id=-1)[0].tolist()
+
+
+def test_a_full_prompt_leaves_no_room(tokenizer):
+    model, _ = tiny(tokenizer, text_config=tiny_gpt2(n_positions=16))
+    with pytest.raises(ValueError, match="positions"):
+        model.generate(torch.ones(1, 16, dtype=torch.long))
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("num_image_tokens", [1, 4])
+def test_placeholders_without_images_are_refused(tokenizer, num_image_tokens, cache):
+    model, processor = tiny(tokenizer, num_image_tokens=num_image_tokens)
+    inputs = processor(images=picture(), return_tensors="pt")
+    del inputs["pixel_values"]
+    with pytest.raises(ValueError, match="do not match"):
+        model.generate(**inputs, cache_implementation=cache)
+
+
+def test_images_without_a_prompt_are_refused(pair):
+    model, _ = pair
+    with pytest.raises(ValueError, match="do not match"):
+        model.generate(pixel_values=torch.zeros(1, 3, 64, 64))
+
+
+def test_right_padding_behind_a_cache_is_refused(pair):
+    model, _ = pair
+    cache = DynamicCache(config=model.config.text_config)
+    ids = torch.ones(2, 4, dtype=torch.long)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    mask = torch.tensor([[1] * 6, [1] * 5 + [0]])
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(torch.ones(2, 6, dtype=torch.long), attention_mask=mask, past_key_values=cache)
+
+
+def test_pain_23_decoding_compiles_without_graph_breaks(pair):
+    model, processor = pair
+    inputs = row_inputs(processor, ROWS[0])
+    length, config = inputs["input_ids"].shape[1], model.config.text_config
+    caches = [StaticCache(config=config, max_cache_len=32) for _ in range(2)]
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for cache in caches:
+            model(**inputs, past_key_values=cache, use_cache=True)
+        step = {"input_ids": torch.tensor([[7]]), "position_ids": torch.tensor([[length]])}
+        expected = model(**step, past_key_values=caches[0]).logits
+        assert max_difference(compiled(**step, past_key_values=caches[1]).logits, expected) <= 1e-5
