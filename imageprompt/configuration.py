@@ -16,8 +16,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
 
-from .connectors import resolve_num_image_tokens
-from .vision import Backbone, probe_features, resolve_backbone
+from .connectors import possible_counts, resolve_num_image_tokens
+from .vision import PREPROCESSING_KEYS, Backbone, probe_features, registered_backbone, resolve_backbone
 
 PARTS = ("vision", "connector", "text")
 
@@ -124,6 +124,7 @@ class ImagePromptConfig(PreTrainedConfig):
             self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self.trainable = dict.fromkeys(PARTS, True) | (self.trainable or {})
         self.num_image_tokens = resolve_num_image_tokens(self.connector, self.feature_grid, self.num_image_tokens)
+        self.validate_parts()  # `@strict` would wrap the ValueError in an error class of its own
 
     @classmethod
     def from_backbones(
@@ -185,29 +186,43 @@ class ImagePromptConfig(PreTrainedConfig):
         vision = self.vision_config
         if vision.model_type != "timm_wrapper":
             raise ValueError(f"`vision_config` must be a timm_wrapper configuration, not {vision.model_type!r}.")
-        if getattr(vision, "pretrained_cfg", None) is None:
-            self.vision_config = vision = _vision_config(
-                resolve_backbone(vision.architecture, model_args=vision.model_args)
+        given = getattr(vision, "pretrained_cfg", None) or {}
+        if not given.keys() >= set(PREPROCESSING_KEYS):
+            backbone = registered_backbone(
+                vision.architecture,
+                model_args=vision.model_args,
+                preprocessing={key: given[key] for key in PREPROCESSING_KEYS if key in given},
             )
+            self.vision_config = vision = _vision_config(backbone)
         if None in (self.feature_size, self.feature_grid, self.feature_layout, self.num_prefix_tokens):
             shape = probe_features(vision.architecture, vision.model_args, vision.pretrained_cfg["input_size"])
-            self.feature_size, self.feature_layout, self.num_prefix_tokens = shape.size, shape.layout, shape.num_prefix
-            self.feature_grid = shape.grid
+            probed = {
+                "feature_size": shape.size,
+                "feature_grid": list(shape.grid),
+                "feature_layout": shape.layout,
+                "num_prefix_tokens": shape.num_prefix,
+            }
+            for name, value in probed.items():
+                if getattr(self, name) not in (None, value):
+                    raise ValueError(f"`{name}={getattr(self, name)}`, but {vision.architecture} has {value}.")
+                setattr(self, name, value)
         self.feature_grid = list(self.feature_grid)
 
     def validate_parts(self):
         """Part of `@strict` validation: the trainable parts, the placeholder and the position budget."""
         if set(self.trainable) != set(PARTS):
-            raise ValueError(f"`trainable` has the keys {', '.join(PARTS)}; got {sorted(self.trainable)}.")
+            wrong = sorted(set(self.trainable) ^ set(PARTS))
+            raise ValueError(f"`trainable` has the keys {', '.join(PARTS)}; unknown or missing: {', '.join(wrong)}.")
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"`image_token_id={self.image_token_id}` lies outside the vocabulary of {self.text_config.vocab_size}."
             )
         positions = getattr(self.text_config, "max_position_embeddings", None)
         if positions is not None and self.num_image_tokens >= positions:
+            smaller = max(count for count in possible_counts(self.feature_grid) if count <= max(1, positions // 4))
             raise ValueError(
                 f"An image takes {self.num_image_tokens} tokens, but the language model has only {positions} "
-                f"positions, text included. Pass a smaller `num_image_tokens`, for example {min(64, positions // 4)}."
+                f"positions, text included. Pass a smaller `num_image_tokens`, for example {smaller}."
             )
 
 

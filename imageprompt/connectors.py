@@ -43,13 +43,17 @@ def pooled_grid(grid: list[int], count: int) -> tuple[int, int]:
     """
     pairs = _pairs_inside(grid, count)
     if not pairs:
-        possible = [n for n in range(1, math.prod(grid) + 1) if _pairs_inside(grid, n)]
-        near = sorted(sorted(possible, key=lambda n: abs(n - count))[:3])
+        near = sorted(sorted(possible_counts(grid), key=lambda n: abs(n - count))[:3])
         raise ValueError(
             f"A {grid[0]}x{grid[1]} feature map cannot be averaged to num_image_tokens={count}; "
             f"nearest possible: {', '.join(map(str, near))}."
         )
     return min(pairs, key=lambda pair: abs(math.log(pair[0] / pair[1] / (grid[0] / grid[1]))))
+
+
+def possible_counts(grid: list[int]) -> list[int]:
+    """Every number of tokens that a grid can be averaged to, ascending."""
+    return [count for count in range(1, math.prod(grid) + 1) if _pairs_inside(grid, count)]
 
 
 def _pairs_inside(grid: list[int], count: int) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ timm models answer in three layouts. `flatten_features` turns each into the one 
 """
 
 import difflib
-import math
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,23 +67,48 @@ def resolve_backbone(
     if unknown:
         raise ValueError(f"Unknown preprocessing {sorted(unknown)}; known: {', '.join(PREPROCESSING_KEYS)}.")
 
-    registry_name = name.removeprefix("timm/")
+    hub_id = name.removeprefix("hf-hub:")
+    registry_name = hub_id.removeprefix("timm/")
     if Path(name).is_dir():
         cfg, architecture, saved_args = _read_timm_folder(Path(name))
         weights = f"local-dir:{name}"
     elif timm.is_model(registry_name.split(".")[0]):
-        architecture = registry_name.split(".")[0]
-        cfg, saved_args, weights = _registered_cfg(registry_name), {}, registry_name
+        return registered_backbone(registry_name, model_args=model_args, preprocessing=preprocessing)
     elif "/" in name:
-        cfg, architecture, saved_args = load_model_config_from_hf(name.removeprefix("hf-hub:"))
-        weights = name if name.startswith("hf-hub:") else f"hf-hub:{name}"
+        cfg, architecture, saved_args = _read_timm_hub(hub_id)
+        weights = f"hf-hub:{hub_id}"
     else:
         raise ValueError(_unknown_name(name))
+    return _backbone(architecture, cfg, {**(saved_args or {}), **(model_args or {})}, preprocessing, weights)
+
+
+def registered_backbone(
+    name: str,
+    *,
+    model_args: dict[str, Any] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+) -> Backbone:
+    """As `resolve_backbone`, for names in timm's registry alone: looks at neither files nor the Hub."""
+    return _backbone(name.partition(".")[0], _registered_cfg(name), model_args or {}, preprocessing, name)
+
+
+def _backbone(
+    architecture: str,
+    cfg: dict[str, Any],
+    model_args: dict[str, Any],
+    preprocessing: dict[str, Any] | None,
+    weights: str,
+) -> Backbone:
     if not timm.is_model(architecture):
         raise ValueError(_unknown_name(architecture))
-
-    data_config = resolve_data_config(preprocessing, pretrained_cfg=cfg)
-    model_args = {**(saved_args or {}), **(model_args or {})}
+    try:
+        data_config = resolve_data_config(preprocessing, pretrained_cfg=cfg)
+    except AssertionError as error:
+        raise ValueError(
+            f"Impossible preprocessing {preprocessing}: `input_size` is (channels, height, width), and `mean` and "
+            "`std` have one value per channel."
+        ) from error
+    model_args = dict(model_args)
     channels, *image_size = data_config["input_size"]
     if channels != 3:
         model_args.setdefault("in_chans", channels)
@@ -93,17 +118,22 @@ def resolve_backbone(
         if len(data_config[statistic]) != channels:
             data_config[statistic] = (sum(data_config[statistic]) / len(data_config[statistic]),) * channels
 
-    # As in JSON (lists), so that a configuration equals its reloaded self.
-    pretrained_cfg = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in data_config.items()
-        if key in PREPROCESSING_KEYS
-    }
-    return Backbone(architecture, pretrained_cfg, model_args, weights)
+    pretrained_cfg = {key: data_config[key] for key in PREPROCESSING_KEYS}
+    return Backbone(architecture, _as_json(pretrained_cfg), _as_json(model_args), weights)
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as JSON gives them back (lists for tuples), so that a configuration equals its reloaded self."""
+    try:
+        return json.loads(json.dumps(settings))
+    except TypeError as error:
+        raise ValueError(f"{settings} cannot be saved: {error}. Pass numbers, texts, lists and dicts.") from error
 
 
 def _registered_cfg(name: str) -> dict[str, Any]:
     architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise ValueError(_unknown_name(name))
     known_tags = {full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")}
     if tag and tag not in known_tags:
         raise ValueError(
@@ -124,8 +154,17 @@ def _read_timm_folder(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]
         ) from error
 
 
+def _read_timm_hub(hub_id: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    try:
+        return load_model_config_from_hf(hub_id)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{_unknown_name(hub_id)} And the Hub gives no timm config.json for it ({type(error).__name__}: {error})."
+        ) from error
+
+
 def _unknown_name(name: str) -> str:
-    bare = name.removeprefix("timm/").split(".")[0]
+    bare = name.rpartition("/")[2].partition(".")[0]
     close = difflib.get_close_matches(bare, timm.list_models(), n=5, cutoff=0.5)
     hint = f" Close: {', '.join(close)}." if close else " `timm.list_models()` lists them."
     return f"timm {timm.__version__} knows no model {name!r}.{hint}"
@@ -142,32 +181,36 @@ def probe_features(architecture: str, model_args: dict[str, Any] | None, input_s
     Raises:
         ValueError: if the backbone does not take this input, or answers with anything but one feature map.
     """
-    with torch.device("meta"), torch.no_grad():
-        model = timm.create_model(architecture, pretrained=False, num_classes=0, **(model_args or {})).eval()
-        try:
-            features = model.forward_features(torch.empty(1, *input_size))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise ValueError(f"{architecture} does not run on {tuple(input_size)} images: {error}") from error
+    images = torch.empty(1, *input_size, device="meta")
+    maps = []
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = timm.create_model(architecture, pretrained=False, num_classes=0, **(model_args or {})).eval()
+            features = model.forward_features(images)
+            if isinstance(features, Tensor) and features.ndim == 3:
+                maps = model.forward_intermediates(images, indices=1, output_fmt="NCHW", intermediates_only=True)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{architecture} with model_args={model_args or {}} does not run on {tuple(input_size)} images: {error}"
+        ) from error
     if not isinstance(features, Tensor) or features.ndim not in (3, 4):
         kind = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(f"{architecture} answers with {kind}, not with one feature map: it cannot be a vision tower.")
 
     size = model.num_features
-    if features.ndim == 3:
-        num_prefix = getattr(model, "num_prefix_tokens", 0)
-        return FeatureShape(size, "NLC", _token_grid(model, features.shape[1] - num_prefix), num_prefix)
+    if maps:
+        # Not every model with a class token says so: what is more than its last map comes before the map.
+        rows, columns = maps[-1].shape[2:]
+        num_prefix = features.shape[1] - rows * columns
+        if num_prefix < 0:
+            raise ValueError(
+                f"{architecture} keeps only {features.shape[1]} of the tokens of its {rows}x{columns} feature map: "
+                "it cannot be a vision tower."
+            )
+        return FeatureShape(size, "NLC", (rows, columns), num_prefix)
     if getattr(model, "output_fmt", "NCHW") == "NHWC" or features.shape[1] != size:
         return FeatureShape(size, "NHWC", tuple(features.shape[1:3]), 0)
     return FeatureShape(size, "NCHW", tuple(features.shape[2:]), 0)
-
-
-def _token_grid(model: torch.nn.Module, num_tokens: int) -> tuple[int, int]:
-    """Rows and columns of a token sequence: the patch grid where it fits, else the squarest pair."""
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if grid is not None and math.prod(grid) == num_tokens:
-        return tuple(grid)
-    rows = next(rows for rows in range(math.isqrt(num_tokens), 0, -1) if num_tokens % rows == 0)
-    return rows, num_tokens // rows
 
 
 def flatten_features(features: Tensor, layout: str, num_prefix_tokens: int) -> Tensor:
