@@ -8,17 +8,19 @@ import base64
 import io
 import os
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_transforms import to_pil_image
 from transformers.image_utils import ImageInput, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import TensorType
 
 _INTERPOLATIONS = {
     "nearest": PILImageResampling.NEAREST,
@@ -30,14 +32,24 @@ _INTERPOLATIONS = {
 }
 
 
-class ImagePromptImageKwargs(ImagesKwargs, total=False):
-    """
+_SOURCES = (str, os.PathLike, bytes, bytearray)
+_CHANNELS = (1, 2, 3, 4)  # grey, grey with alpha, RGB, RGBA
+
+
+class ImagePromptImageKwargs(TypedDict, total=False):
+    """All settings of timm's transform; the library's other switches would be ignored, so they are refused.
+
     crop_pct (`float`): share of the resized image that the crop keeps; timm's `crop_pct`.
     crop_mode (`str`): `"center"` (keep the aspect, cut the rest), `"squash"` (lose the aspect) or `"border"` (pad).
     """
 
+    size: int | list[int] | tuple[int, ...] | dict[str, int] | None
+    image_mean: list[float] | tuple[float, ...] | None
+    image_std: list[float] | tuple[float, ...] | None
+    resample: int | None
     crop_pct: float | None
     crop_mode: str | None
+    return_tensors: str | TensorType | None
 
 
 class ImagePromptImageProcessor(BaseImageProcessor):
@@ -50,8 +62,11 @@ class ImagePromptImageProcessor(BaseImageProcessor):
         crop_pct (`float`), crop_mode (`str`): see [`ImagePromptImageKwargs`].
 
     Images may be PIL images of any mode, arrays or tensors of shape (height, width), (height, width, channels) or
-    (channels, height, width), file names, URLs or encoded bytes. Transparent pixels are laid on white, EXIF rotation
-    is applied and 16-bit values are scaled to 8 bits.
+    (channels, height, width), file names, URLs or encoded bytes. Values are integers from 0 to 255 (uint16: to 65535)
+    or floats from 0 to 1 or to 255. Transparent pixels are laid on white and EXIF rotation is applied.
+
+    Raises:
+        ValueError: for impossible settings, and for images that cannot be read, with the image's index.
     """
 
     valid_kwargs = ImagePromptImageKwargs
@@ -65,8 +80,15 @@ class ImagePromptImageProcessor(BaseImageProcessor):
     crop_mode = "center"
 
     def __init__(self, **kwargs):
+        foreign = kwargs.keys() & (ImagesKwargs.__annotations__.keys() - ImagePromptImageKwargs.__annotations__.keys())
+        if foreign:
+            raise ValueError(
+                f"{', '.join(sorted(foreign))}: timm's transform has no such setting. It always resizes, crops and "
+                f"normalises; its settings are {', '.join(ImagePromptImageKwargs.__annotations__)}."
+            )
         super().__init__(**kwargs)
         self._set_attributes(**kwargs)
+        self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
     @classmethod
     def from_pretrained_cfg(cls, pretrained_cfg: dict[str, Any]) -> "ImagePromptImageProcessor":
@@ -103,10 +125,12 @@ class ImagePromptImageProcessor(BaseImageProcessor):
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open what is not an image yet: file names, URLs and bytes, in lists of any depth."""
         if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, (str, os.PathLike, bytes, bytearray)):
-            return open_image(image_url_or_urls)
-        return image_url_or_urls
+            images = []
+            for index, image in enumerate(image_url_or_urls):
+                with _named(index):
+                    images.append(self.fetch_images(image))
+            return images
+        return open_image(image_url_or_urls) if isinstance(image_url_or_urls, _SOURCES) else image_url_or_urls
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args, return_tensors=None, **kwargs) -> BatchFeature:
         transform = _transform(
@@ -121,48 +145,75 @@ class ImagePromptImageProcessor(BaseImageProcessor):
         mode = "L" if len(kwargs["image_mean"]) == 1 else "RGB"
         pixel_values = []
         for index, image in enumerate(_flatten(self.fetch_images(images))):
-            try:
+            with _named(index):
                 pixel_values.append(transform(to_mode(image, mode)))
-            except (OSError, ValueError, TypeError, SyntaxError) as error:
-                raise ValueError(f"Image {index} cannot be read: {error}") from error
+        if not pixel_values:
+            raise ValueError("There is no image in `images`.")
         return BatchFeature({"pixel_values": torch.stack(pixel_values)}, tensor_type=return_tensors)
 
-    def _validate_preprocess_kwargs(self, size: SizeDict | None = None, crop_pct=None, crop_mode=None, **kwargs):
-        if size is None or not (size.height and size.width):
-            raise ValueError(f"`size` needs `height` and `width`, got {size}.")
-        if not crop_pct or not 0 < crop_pct <= 1:
-            raise ValueError(f"`crop_pct` lies in (0, 1], got {crop_pct}.")
+    def _validate_preprocess_kwargs(
+        self, size: SizeDict, image_mean, image_std, resample, crop_pct: float, crop_mode: str, **kwargs
+    ):
+        if not all(isinstance(edge, int) and edge > 0 for edge in (size.height, size.width)):
+            raise ValueError(f"`size` needs a positive `height` and `width`, got {dict(size)}.")
+        if len(image_mean) != len(image_std) or len(image_mean) not in (1, 3):
+            raise ValueError(
+                f"`image_mean` and `image_std` have one value (grey) or three (RGB), got {image_mean}, {image_std}."
+            )
+        if min(image_std) <= 0:
+            raise ValueError(f"`image_std` is positive, got {image_std}.")
+        if not 0 < crop_pct < 2:  # timm has some above 1: the crop is then larger than the image
+            raise ValueError(f"`crop_pct` is a share, about 1, got {crop_pct}.")
         if crop_mode not in ("center", "squash", "border"):
             raise ValueError(f"`crop_mode` is 'center', 'squash' or 'border', got {crop_mode!r}.")
+        _timm_interpolation(resample)
 
 
-def open_image(source: str | os.PathLike | bytes) -> Image.Image:
-    """Open a file, URL, `data:` URI, base64 text or encoded bytes, in the mode in which it is stored.
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Say which image of many an error is about. What Pillow raises for broken files is of many classes."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"Image {index}: {error}") from error
+
+
+def open_image(source: str | os.PathLike | bytes | bytearray) -> Image.Image:
+    """Read a file, URL, `data:` URI, base64 text or encoded bytes, in the mode in which it is stored.
 
     Raises:
-        ValueError: if there is no readable image.
+        ValueError: if there is no readable image, or only a part of one.
     """
     try:
-        if isinstance(source, (str, os.PathLike)):
-            source = os.fspath(source)
-            if source.startswith(("http://", "https://")):
-                request = urllib.request.Request(source, headers={"User-Agent": "imageprompt"})
-                with urllib.request.urlopen(request, timeout=30) as response:
-                    source = response.read()
-            elif os.path.exists(source):
-                return Image.open(source)
-            else:
-                source = base64.b64decode(source.partition("base64,")[2] or source, validate=True)
-        return Image.open(io.BytesIO(source))
-    except (OSError, ValueError) as error:
-        shown = f"{len(source)} bytes" if isinstance(source, (bytes, bytearray)) else f"{source:.100}"
+        image = Image.open(_file_or_bytes(source))
+        image.load()  # closes the file, and meets its end if that comes too early
+        return image
+    except Exception as error:
+        shown = f"{len(source)} bytes" if isinstance(source, (bytes, bytearray)) else repr(f"{source!s:.100}")
         raise ValueError(
-            f"No readable image in {shown}: {error}. Pass an existing file, an http(s) URL, base64 text or bytes."
+            f"no readable image in {shown} ({error}). Pass an existing file, an http(s) URL, base64 text or bytes."
         ) from error
 
 
+def _file_or_bytes(source: str | os.PathLike | bytes | bytearray) -> str | io.BytesIO:
+    if isinstance(source, (bytes, bytearray)):
+        return io.BytesIO(source)
+    source = os.fspath(source)
+    if source.startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "imageprompt"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return io.BytesIO(response.read())
+    if os.path.exists(source):
+        return source
+    encoded = "".join((source.partition("base64,")[2] or source).split())
+    try:
+        return io.BytesIO(base64.b64decode(encoded, validate=True))
+    except ValueError as error:
+        raise FileNotFoundError("there is no such file, and it is no base64 text") from error
+
+
 def to_mode(image: Any, mode: str) -> Image.Image:
-    """Any image as an upright PIL image of mode "RGB" or "L"; the first frame of an animation.
+    """Any image as an upright PIL image of mode "RGB" or "L"; the current frame of an animation.
 
     Raises:
         ValueError: if the image has no pixels, or the array is no image.
@@ -172,9 +223,8 @@ def to_mode(image: Any, mode: str) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"it has no pixels (width {image.width}, height {image.height}).")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # PIL clips these to 255 when it converts them; the full range belongs in 8 bits.
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":  # integers or floats of 16 or 32 bits, which PIL would clip at 255
+        image = _array_to_pil(np.asarray(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -183,19 +233,40 @@ def to_mode(image: Any, mode: str) -> Image.Image:
 
 def _array_to_pil(image: Any) -> Image.Image:
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
-    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
-        shape = getattr(image, "shape", "")
-        raise ValueError(
-            f"a {type(image).__name__} {shape} is no image: pass PIL, (height, width[, channels]) or a path."
-        )
-    if 0 in image.shape:
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"a {type(image).__name__} is no image: pass PIL, an array, a tensor, a path, a URL or bytes.")
+    if image.size == 0:
         raise ValueError(f"it has no pixels (shape {image.shape}).")
-    if image.dtype == np.uint16:
-        image = (image / 257).round().astype(np.uint8)
-    if image.ndim == 2:
-        image = image[..., None]
-    return to_pil_image(image)
+    if image.ndim == 3:
+        first, last = image.shape[0] in _CHANNELS, image.shape[2] in _CHANNELS
+        if first == last:
+            raise ValueError(
+                f"an array of shape {image.shape} {'may have its channels first or last' if first else 'is no image'}: "
+                "pass PIL, (height, width), (height, width, channels) or (channels, height, width)."
+            )
+        image = np.moveaxis(image, 0, 2) if first else image
+        image = image[..., 0] if image.shape[2] == 1 else image
+    elif image.ndim != 2:
+        raise ValueError(f"an array of shape {image.shape} is no image: pass (height, width[, channels]).")
+    return Image.fromarray(np.ascontiguousarray(_to_8_bits(image)))
+
+
+def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype == np.uint8:
+        return pixels
+    low, high = pixels.min(), pixels.max()
+    is_float = pixels.dtype.kind == "f"
+    limit = 65535 if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2 else 255
+    if not (low >= 0 and high <= limit):
+        raise ValueError(
+            f"its values go from {low} to {high}: pass integers from 0 to 255 (uint16: to 65535), or floats from 0 to "
+            "1 or to 255, not yet normalised."
+        )
+    if pixels.dtype == bool or (is_float and high <= 1):
+        limit = 1
+    return (pixels.astype(np.float64) * (255 / limit)).round().astype(np.uint8)
 
 
 def _flatten(images: Any) -> list[Any]:

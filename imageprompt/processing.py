@@ -5,6 +5,7 @@ say, flat and nested image lists, rows without images, and `suffix` (PaliGemma's
 which `labels` are made.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ CHAT_TEMPLATE = """\
 {%- if content is string -%}{{ content }}
 {%- else -%}
 {%- for part in content -%}
-{%- if part.type == 'image' -%}<image>
+{%- if part.type == 'image' -%}{{ image_token }}
 {%- elif part.type == 'text' -%}{{ part.text }}
+{%- else -%}{{ raise_exception("contents are 'text' and 'image', got '" + part.type + "'") }}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
@@ -63,7 +65,7 @@ class ImagePromptProcessor(ProcessorMixin):
                 "The tokenizer has no `image_token`. `imageprompt.compose` adds one; by hand: "
                 '`AutoTokenizer.from_pretrained(path, extra_special_tokens={"image_token": "<image>"})`.'
             )
-        if not num_image_tokens or num_image_tokens < 1:
+        if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
             raise ValueError(f"`num_image_tokens` is the model's `config.num_image_tokens`, got {num_image_tokens}.")
         self.num_image_tokens = num_image_tokens
         self.image_token = tokenizer.image_token
@@ -76,13 +78,14 @@ class ImagePromptProcessor(ProcessorMixin):
         """Prepare rows of text and images.
 
         Args:
-            images: one image; a flat list, one per row (`None` for a row without); or a nested list, any number per
-                row. What an image may be: see [`ImagePromptImageProcessor`].
+            images: one image; a flat list, one per row (`None` for a row without) or as the marks in the texts share
+                them out; or a nested list, any number per row. What an image may be: see [`ImagePromptImageProcessor`].
             text: one text or a list of rows. `<image>` marks where an image goes; a row without a mark gets its
                 images in front. One text for several rows of images is repeated. `None` means just the images.
             suffix: the text to learn after each row's prompt, literally appended and closed with EOS. Adds `labels`
                 and pads on the right; without it, rows are padded on the left, ready for `generate`.
-            kwargs: of the tokenizer and the image processor: `padding`, `return_tensors`, `max_length`, …
+            kwargs: of the tokenizer and the image processor: `padding`, `return_tensors`, `max_length`, … Truncation
+                trims the suffix where there is one, else the text; never an image.
 
         Returns:
             `input_ids` and `attention_mask`, (rows, positions); `pixel_values`, (images, channels, height, width),
@@ -93,10 +96,16 @@ class ImagePromptProcessor(ProcessorMixin):
             ValueError: if images and marks do not match row by row, an image cannot be read, truncation would cut an
                 image, or a row is longer than the language model's positions.
         """
+        text_kwargs = kwargs.pop("text_kwargs", None) or {}
+        if twice := kwargs.keys() & text_kwargs.keys():
+            raise ValueError(f"{', '.join(sorted(twice))}: given twice, in `text_kwargs` and beside it.")
+        kwargs = {"padding_side": "left" if suffix is None else "right", **text_kwargs, **kwargs}
+        if kwargs.get("truncation") is None:
+            kwargs["truncation"] = False  # for the tokenizer, `max_length` alone would mean to cut anything
         if suffix is not None:
-            kwargs = self._with_suffix(suffix, kwargs)
+            kwargs |= self._suffix_kwargs(suffix, kwargs)
         outputs = super().__call__(images=images, text=text, **kwargs)
-        self._check_lengths(outputs["input_ids"], outputs.get("attention_mask"), kwargs)
+        self._check_lengths(outputs["input_ids"], outputs.get("attention_mask"), kwargs.get("max_length"))
         if suffix is not None:
             outputs["labels"] = _labels(outputs["input_ids"], outputs.pop("token_type_ids"))
         return outputs
@@ -108,9 +117,8 @@ class ImagePromptProcessor(ProcessorMixin):
         if images is None and text is None:
             raise ValueError("Pass `images`, `text` or both.")
         images, text = self._align(images, text)
-        num_suffixes = len(kwargs["text_pair"]) if kwargs.get("text_pair") is not None else len(text)
-        if num_suffixes != len(text):
-            raise ValueError(f"{len(text)} rows but {num_suffixes} suffixes: pass one suffix per row.")
+        if kwargs.get("text_pair") is not None:
+            self._check_prompts(text, len(kwargs["text_pair"]), kwargs)
         return super().prepare_inputs_layout(images=images, text=text)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -149,26 +157,52 @@ class ImagePromptProcessor(ProcessorMixin):
                 "Load both from the same checkpoint."
             )
 
-    def _with_suffix(self, suffix: str | list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _suffix_kwargs(self, suffix: str | list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The tokenizer's keywords for prompts followed by suffixes, which it marks with `token_type_ids`."""
         suffix = [suffix] if isinstance(suffix, str) else list(suffix)
         for row, answer in enumerate(suffix):
             if not isinstance(answer, str):
                 raise ValueError(f"`suffix` of row {row} is {answer!r}, not a text.")
             if self.image_token in answer:
                 raise ValueError(f"`suffix` of row {row} holds {self.image_token}; images belong in `text`.")
-        text_kwargs = dict(kwargs.get("text_kwargs") or {})
-        kwargs = {**kwargs, "return_token_type_ids": True, "text_pair": [s + self.tokenizer.eos_token for s in suffix]}
-        if "padding_side" not in text_kwargs:
-            kwargs.setdefault("padding_side", "right")
-        if kwargs.get("truncation") is True:
-            # Only the answer may be cut: without its prompt it would teach something else.
-            kwargs["truncation"] = "only_second"
-        return kwargs
+        special = {"add_special_tokens": kwargs.get("add_special_tokens", True)}
+        if self.tokenizer("a", "a", **special).input_ids != self._ids("a", **special) + self._ids("a"):
+            raise ValueError(
+                "This tokenizer adds special tokens around a suffix, which would be learnt: pass "
+                "`add_special_tokens=False`, and write into `text` those that the language model expects."
+            )
+        text_pair = [answer + self.tokenizer.eos_token for answer in suffix]
+        keep_all = kwargs["truncation"] in (False, "do_not_truncate")
+        # Only the answer may be cut: without its prompt it would teach something else.
+        truncation = False if keep_all else "only_second"
+        return {"text_pair": text_pair, "truncation": truncation, "return_token_type_ids": True}
 
-    def _check_lengths(self, input_ids, attention_mask, kwargs) -> None:
+    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+
+    def _check_prompts(self, prompts: list[str], num_suffixes: int, kwargs: dict[str, Any]) -> None:
+        if num_suffixes != len(prompts):
+            raise ValueError(f"{len(prompts)} rows but {num_suffixes} suffixes: pass one suffix per row.")
+        limit = kwargs.get("max_length") or self.tokenizer.model_max_length
+        for row, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(
+                    f"Row {row} has nothing before its suffix, whose first token could not be learnt: give it a text "
+                    f"(for example {self.tokenizer.bos_token or self.tokenizer.eos_token!r}) or an image."
+                )
+            if kwargs["truncation"]:
+                ids = self._ids(prompt, kwargs.get("add_special_tokens", True))
+                length = len(ids) + ids.count(self.image_token_id) * (self.num_image_tokens - 1)
+                if length >= limit:
+                    raise ValueError(
+                        f"Row {row} has {length} tokens before its suffix ({self.num_image_tokens} for each image): "
+                        f"{limit} leave none to learn. Raise `max_length`, shorten its text, or pass fewer images."
+                    )
+
+    def _check_lengths(self, input_ids, attention_mask, max_length: int | None) -> None:
         limits = {"positions of the language model": self.tokenizer.model_max_length}
-        if kwargs.get("truncation"):
-            limits["tokens of `max_length`"] = kwargs.get("max_length") or self.tokenizer.model_max_length
+        if max_length is not None:
+            limits["tokens of `max_length`"] = max_length
         if attention_mask is None:
             lengths = [len(row) for row in input_ids]
         else:
@@ -185,7 +219,7 @@ class ImagePromptProcessor(ProcessorMixin):
 
     def _align(self, images: Any, text: Any) -> tuple[list | None, list[str]]:
         """Flat images and marked texts, whatever the nesting; see `__call__`."""
-        if text is not None and not isinstance(text, (str, list, tuple)):
+        if text is not None and not isinstance(text, Sequence):
             raise ValueError(f"`text` is a string or a list of strings, not {type(text).__name__}.")
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
         for row, sample in enumerate(texts or []):
@@ -221,16 +255,21 @@ class ImagePromptProcessor(ProcessorMixin):
         return flat or None, marked
 
     def _image_rows(self, images: Any, texts: list[str] | None) -> list[list]:
-        if not isinstance(images, (list, tuple)):
-            images = list(images) if getattr(images, "ndim", 0) == 4 else [images]
-        if any(isinstance(image, (list, tuple)) for image in images):
-            return [list(row) if isinstance(row, (list, tuple)) else [] if row is None else [row] for row in images]
-        if texts is not None and None not in images:
+        images = list(images) if holds_images(images) else [images]
+        if any(map(holds_images, images)):
+            return [list(row) if holds_images(row) else [] if row is None else [row] for row in images]
+        if texts is not None and all(image is not None for image in images):
             counts = [sample.count(self.image_token) for sample in texts]
             if sum(counts) == len(images):  # the marks say which image belongs to which row
                 remaining = iter(images)
                 return [[next(remaining) for _ in range(count)] for count in counts]
         return [[] if image is None else [image] for image in images]
+
+
+def holds_images(images: Any) -> bool:
+    """Whether this is a list (or a data set's column, or a batch in one array) of images, and not an image."""
+    is_list = isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray))
+    return is_list or getattr(images, "ndim", 0) == 4
 
 
 def _labels(input_ids: Any, token_type_ids: Any) -> Any:

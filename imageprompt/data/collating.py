@@ -5,8 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers.image_processing_utils import BatchFeature
+from transformers.utils import logging
 
-from ..processing import ImagePromptProcessor
+from ..processing import ImagePromptProcessor, holds_images
+
+logger = logging.get_logger(__name__)
+
+COLUMNS = {"suffix", "text", "image", "images"}
 
 
 @dataclass
@@ -14,14 +19,15 @@ class ImagePromptCollator:
     """Rows to a padded batch with labels, for `Trainer(..., data_collator=ImagePromptCollator(processor))`.
 
     A row is a mapping with `suffix`, the text to learn, and, where they apply, `text`, the prompt before it, and
-    `image` or `images`, one image or a list of them. Rows with and without images or prompts mix freely.
+    `image` or `images`, one image or a list of them. Rows with and without images or prompts mix freely; what a row
+    has besides is not used.
 
     Args:
         processor: the model's processor.
         max_length: trims the suffix of rows that are longer than so many tokens, images included.
 
     Raises:
-        ValueError: if a row has no `suffix`; the columns found are named.
+        ValueError: if a row has no `suffix` (the columns found are named), or both `image` and `images`.
     """
 
     processor: ImagePromptProcessor
@@ -35,6 +41,11 @@ class ImagePromptCollator:
                     f"Row {index} has no `suffix` (the text to learn); its columns are {sorted(row) or 'none'}. If "
                     "Trainer dropped them, set `remove_unused_columns=False`."
                 )
+            if row.get("image") is not None and row.get("images") is not None:
+                raise ValueError(f"Row {index} has both `image` and `images`: keep one of them.")
+            if unused := sorted(row.keys() - COLUMNS):
+                # A misspelt prompt or picture would go missing without a sign.
+                logger.warning_once(f"Not used for training: {', '.join(unused)}. Used: {', '.join(sorted(COLUMNS))}.")
         return self.processor(
             images=[_images(row) for row in rows],
             text=[row.get("text") or "" for row in rows],
@@ -50,4 +61,4 @@ def _images(row: dict[str, Any]) -> list[Any]:
     images = row.get("images") if row.get("images") is not None else row.get("image")
     if images is None:
         return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    return images if holds_images(images) else [images]
