@@ -58,6 +58,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def tiny_gpt2(**overrides) -> GPT2Config:
     """Two narrow layers without dropout, so that training mode and eval mode agree."""
     settings = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 256, "vocab_size": 400}
+    settings |= {"bos_token_id": 0, "eos_token_id": 0}
     settings |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2Config(**settings | overrides)
 
