@@ -6,13 +6,17 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="An image is a prompt: any timm backbone in front of GPT-2.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="An image is a prompt: any timm backbone in front of GPT-2.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
 
 
 @app.command()
 def quickstart(
-    folder: Annotated[Path, typer.Argument(help="Where the model and a picture of its answers go.")] = Path("runs/quickstart"),
+    folder: Annotated[Path, typer.Argument(help="For the model and a picture of its answers.")] = Path(
+        "runs/quickstart"
+    ),
     epochs: Annotated[float, typer.Option(help="Passes over the 1,437 training scans.", min=0.01)] = 12,
 ) -> None:
     """Train a small model on handwritten digits, reload it and let it answer in words (about a minute)."""
@@ -21,9 +25,7 @@ def quickstart(
     quickstart(folder, epochs)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
-)
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train or fine-tune on a data set of images and texts (see `imageprompt train --help`)."""
     from .training.train import main

@@ -34,7 +34,7 @@ class EvaluationArguments:
     output: Path = field(metadata={"help": "JSON file for scores and settings."})
     split: str = field(default="test")
     image_column: str = field(default="image")
-    references_column: str = field(default="captions", metadata={"help": "The captions that people wrote, a list each."})
+    references_column: str = field(default="captions", metadata={"help": "Captions that people wrote, a list each."})
     prompt: str = field(default="")
     batch_size: int = field(default=50)
     max_new_tokens: int = field(default=30)
@@ -113,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.picture:
         shown = range(min(args.picture_images, len(captions)))
         save_grid([images[i] for i in shown], [captions[i] for i in shown], args.picture)
-    print(json.dumps({key: result[key] for key in ("scores", "best_constant", "distinct_captions") if key in result}, indent=2))
+    shown_keys = [key for key in ("scores", "best_constant", "distinct_captions") if key in result]
+    print(json.dumps({key: result[key] for key in shown_keys}, indent=2))
 
 
 if __name__ == "__main__":

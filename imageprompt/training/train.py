@@ -40,7 +40,7 @@ class ModelArguments:
     pretrained: bool = field(default=True, metadata={"help": "Load the parts' weights, or start from random ones."})
     connector: str = field(default="mlp", metadata={"help": "Connector between backbone and language model."})
     num_image_tokens: int | None = field(default=None, metadata={"help": "Tokens per image; the connector's default."})
-    image_size: int | None = field(default=None, metadata={"help": "Square input in pixels, instead of the backbone's."})
+    image_size: int | None = field(default=None, metadata={"help": "Square input in pixels; the backbone's own."})
     crop_pct: float | None = field(default=None, metadata={"help": "Share of the resized image that is kept."})
     model_args: dict | str | None = field(default=None, metadata={"help": "Further timm.create_model keywords, JSON."})
     train_vision: bool = field(default=True, metadata={"help": "Whether the vision tower learns."})

@@ -61,7 +61,7 @@ def test_captions_are_tokenized_as_by_the_penn_treebank(caption, tokens):
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="different images.*'b'"):
+    with pytest.raises(ValueError, match=r"different images.*'b'"):
         caption_scores({"a": "x"}, {"a": ["x"], "b": ["y"]})
     with pytest.raises(ValueError, match="'a' has \\[\\]"):
         caption_scores({"a": "x"}, {"a": []})

@@ -1,0 +1,52 @@
+"""The `imageprompt` command."""
+
+import pytest
+from conftest import picture, tiny
+from typer.testing import CliRunner
+
+from imageprompt.cli import app, main
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    for part in tiny(tokenizer):
+        part.save_pretrained(folder / "model")
+    for seed in range(3):
+        picture(seed).save(folder / f"{seed}.png")
+    return folder
+
+
+def test_generate_prints_a_line_for_each_image(saved):
+    result = CliRunner().invoke(
+        app, ["generate", str(saved / "model"), str(saved), "--max-new-tokens", "3", "--batch-size", "2"]
+    )
+    assert result.exit_code == 0, result.output
+    lines = [line.split("\t") for line in result.stdout.splitlines() if "\t" in line]
+    assert [name for name, _ in lines] == [str(saved / f"{seed}.png") for seed in range(3)]
+
+
+def test_help_names_every_command():
+    output = CliRunner().invoke(app, ["--help"]).output
+    assert all(command in output for command in ("quickstart", "train", "generate"))
+
+
+def test_train_help_shows_our_options_and_trainers(capsys):
+    with pytest.raises(SystemExit) as end:
+        main_with("train", "--help")
+    assert end.value.code == 0
+    output = capsys.readouterr().out
+    assert all(option in output for option in ("--vision", "--connector", "--suffix_column", "--learning_rate"))
+
+
+def test_a_mistake_ends_with_its_message(saved, capsys):
+    with pytest.raises(SystemExit) as end:
+        main_with("generate", str(saved / "model"), "nowhere.png")
+    assert end.value.code == 2
+    assert "There is no image nowhere.png" in capsys.readouterr().err
+
+
+def main_with(*arguments: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["imageprompt", *arguments])
+        main()
