@@ -12,6 +12,7 @@ changes nothing when the counts are equal; they differ in what follows.
 """
 
 import math
+from fractions import Fraction
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,7 +49,12 @@ def pooled_grid(grid: list[int], count: int) -> tuple[int, int]:
             f"A {grid[0]}x{grid[1]} feature map cannot be averaged to num_image_tokens={count}; "
             f"nearest possible: {', '.join(map(str, near))}."
         )
-    return min(pairs, key=lambda pair: abs(math.log(pair[0] / pair[1] / (grid[0] / grid[1]))))
+
+    def distortion(pair: tuple[int, int]) -> Fraction:  # exact, so that ties fall alike on every machine
+        sides = pair[0] * grid[1], pair[1] * grid[0]
+        return Fraction(max(sides), min(sides))
+
+    return min(pairs, key=distortion)
 
 
 def possible_counts(grid: list[int]) -> list[int]:

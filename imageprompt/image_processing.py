@@ -43,7 +43,7 @@ class ImagePromptImageKwargs(TypedDict, total=False):
     crop_mode (`str`): `"center"` (keep the aspect, cut the rest), `"squash"` (lose the aspect) or `"border"` (pad).
     """
 
-    size: int | list[int] | tuple[int, ...] | dict[str, int] | None
+    size: dict[str, int] | None
     image_mean: list[float] | tuple[float, ...] | None
     image_std: list[float] | tuple[float, ...] | None
     resample: int | None

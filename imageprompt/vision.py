@@ -79,7 +79,7 @@ def resolve_backbone(
         weights = f"hf-hub:{hub_id}"
     else:
         raise ValueError(_unknown_name(name))
-    return _backbone(architecture, cfg, {**(saved_args or {}), **(model_args or {})}, preprocessing, weights)
+    return _backbone(architecture, cfg, saved_args or {}, model_args, preprocessing, weights)
 
 
 def registered_backbone(
@@ -89,13 +89,14 @@ def registered_backbone(
     preprocessing: dict[str, Any] | None = None,
 ) -> Backbone:
     """As `resolve_backbone`, for names in timm's registry alone: looks at neither files nor the Hub."""
-    return _backbone(name.partition(".")[0], _registered_cfg(name), model_args or {}, preprocessing, name)
+    return _backbone(name.partition(".")[0], _registered_cfg(name), {}, model_args, preprocessing, name)
 
 
 def _backbone(
     architecture: str,
     cfg: dict[str, Any],
-    model_args: dict[str, Any],
+    saved_args: dict[str, Any],
+    model_args: dict[str, Any] | None,
     preprocessing: dict[str, Any] | None,
     weights: str,
 ) -> Backbone:
@@ -108,8 +109,11 @@ def _backbone(
             f"Impossible preprocessing {preprocessing}: `input_size` is (channels, height, width), and `mean` and "
             "`std` have one value per channel."
         ) from error
-    model_args = dict(model_args)
     channels, *image_size = data_config["input_size"]
+    # Checkpoints may state their head, which is not built here, and the input that they were saved with.
+    asked_for = {"in_chans": channels, "img_size": image_size}
+    saved_args = {key: asked_for.get(key, value) for key, value in saved_args.items() if key != "num_classes"}
+    model_args = saved_args | (model_args or {})
     if channels != 3:
         model_args.setdefault("in_chans", channels)
     if cfg.get("fixed_input_size") and tuple(image_size) != tuple(cfg["input_size"][1:]):

@@ -1,0 +1,198 @@
+"""Every timm layout becomes (images, rows * columns, width), row by row, without class or register tokens."""
+
+import json
+from functools import partial
+
+import pytest
+import timm
+import torch
+from conftest import BACKBONES, max_difference
+from timm.models import save_for_hf
+from transformers import AutoConfig
+
+from imageprompt.vision import VisionTower, flatten_features, probe_features, resolve_backbone
+
+# (timm name, timm keywords, layout, rows and columns, prefix tokens): one small model of each kind.
+FAMILIES = [
+    ("resnet10t", {}, "NCHW", (6, 6), 0),
+    ("convnext_atto", {}, "NCHW", (7, 7), 0),
+    ("efficientnet_b0", {}, "NCHW", (7, 7), 0),
+    ("mobilevit_xxs", {}, "NCHW", (8, 8), 0),
+    ("test_vit", {}, "NLC", (10, 10), 1),
+    ("deit_tiny_distilled_patch16_224", {"depth": 1}, "NLC", (14, 14), 2),
+    ("vit_small_patch14_reg4_dinov2", {"depth": 1, "img_size": 224}, "NLC", (16, 16), 5),
+    ("volo_d1_224", {}, "NLC", (14, 14), 1),  # a class token that timm does not declare
+    ("cait_xxs24_224", {"depth": 1}, "NLC", (14, 14), 1),
+    ("mixer_s16_224", {}, "NLC", (14, 14), 0),
+    ("levit_128s", {}, "NLC", (4, 4), 0),
+    ("xcit_nano_12_p8_224", {}, "NLC", (28, 28), 1),
+    ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}, "NHWC", (7, 7), 0),
+    ("mambaout_femto", {}, "NHWC", (7, 7), 0),
+]
+
+
+def input_size(name: str, model_args: dict) -> tuple[int, int, int]:
+    edge = model_args.get("img_size", resolve_backbone(name).pretrained_cfg["input_size"][1])
+    return 3, edge, edge
+
+
+@pytest.mark.parametrize(("name", "model_args", "layout", "grid", "num_prefix"), FAMILIES)
+@torch.no_grad()
+def test_the_probe_agrees_with_a_real_forward_and_with_timms_own_map(name, model_args, layout, grid, num_prefix):
+    size = input_size(name, model_args)
+    shape = probe_features(name, model_args, size)
+    assert (shape.layout, shape.grid, shape.num_prefix) == (layout, grid, num_prefix)
+
+    model = timm.create_model(name, num_classes=0, **model_args).eval()
+    images = torch.randn(2, *size)
+    flat = flatten_features(model.forward_features(images), shape.layout, shape.num_prefix)
+    assert flat.shape == (2, grid[0] * grid[1], shape.size)
+    if name not in ("efficientnet_b0", "mobilevit_xxs"):  # timm's last map there comes before the last convolution
+        maps = model.forward_intermediates(images, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)
+        assert max_difference(flat, maps[-1].flatten(2).mT) <= 1e-4
+
+
+@pytest.mark.parametrize("layout", BACKBONES)
+def test_features_are_flattened_row_by_row(layout):
+    rows, columns, width = 2, 3, 5
+    expected = torch.zeros(1, rows * columns, width)
+    expected[0, 1 * columns + 2, 4] = 1  # a marker in row 1, column 2, channel 4
+    features = {
+        "NCHW": partial(torch.zeros, 1, width, rows, columns),
+        "NHWC": partial(torch.zeros, 1, rows, columns, width),
+        "NLC": partial(torch.full, (1, 2 + rows * columns, width), 7.0),
+    }[layout]()
+    if layout == "NLC":
+        features[:, 2:] = 0
+    features[{"NCHW": (0, 4, 1, 2), "NHWC": (0, 1, 2, 4), "NLC": (0, 2 + 1 * columns + 2, 4)}[layout]] = 1
+    assert torch.equal(flatten_features(features, layout, 2 if layout == "NLC" else 0), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_args", "size", "grid"),
+    [
+        ("resnet10t", {}, (3, 64, 128), (2, 4)),
+        ("test_vit", {"img_size": (64, 128)}, (3, 64, 128), (4, 8)),
+        ("test_vit", {"dynamic_img_size": True}, (3, 128, 64), (8, 4)),
+        ("xcit_nano_12_p8_224", {}, (3, 128, 64), (16, 8)),
+    ],
+)
+def test_the_grid_of_an_image_that_is_no_square_keeps_rows_and_columns_apart(name, model_args, size, grid):
+    assert probe_features(name, model_args, size).grid == grid
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("crossvit_9_240", "answers with list"), ("coat_tiny", "answers with list"), ("pit_ti_224", "keeps only 1 of")],
+)
+def test_a_backbone_without_one_feature_map_is_refused(name, message):
+    with pytest.raises(ValueError, match=rf"{name} {message}.*cannot be a vision tower"):
+        probe_features(name, None, (3, 240, 240) if "cross" in name else (3, 224, 224))
+
+
+@pytest.mark.parametrize(
+    ("model_args", "size"), [({}, (3, 50, 50)), ({"dept": 2}, (3, 160, 160)), ({"features_only": True}, (3, 160, 160))]
+)
+def test_what_a_backbone_cannot_run_is_refused_by_name(model_args, size):
+    with pytest.raises(ValueError, match=r"test_vit with model_args=.* does not run on"):
+        probe_features("test_vit", model_args, size)
+
+
+@pytest.mark.parametrize("layout", BACKBONES)
+def test_pain_16_the_tower_keeps_timms_own_initialisation(layout):
+    name, model_args, size = BACKBONES[layout]
+    backbone = resolve_backbone(name, model_args=model_args, preprocessing={"input_size": size})
+    config = AutoConfig.for_model("timm_wrapper", architecture=name, model_args=backbone.model_args, do_pooling=False)
+    torch.manual_seed(3)
+    tower = VisionTower._from_config(config)
+    torch.manual_seed(3)
+    expected = timm.create_model(name, num_classes=0, **backbone.model_args).state_dict()
+    state = tower.timm_model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18.a1_in1k", "timm/resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k", "resnet18", "timm/resnet18"],
+)
+def test_names_in_timms_registry_need_no_network(name, monkeypatch):
+    monkeypatch.setattr("imageprompt.vision.load_model_config_from_hf", lambda *_: pytest.fail("asked the Hub"))
+    backbone = resolve_backbone(name)
+    assert backbone.architecture == "resnet18"
+    assert (backbone.pretrained_cfg["crop_pct"], backbone.pretrained_cfg["input_size"]) == (0.95, [3, 224, 224])
+    assert timm.models.is_model_pretrained(backbone.weights)
+
+
+@pytest.mark.parametrize("error", [OSError("404"), ValueError("not a repository name"), KeyError("architecture")])
+def test_a_hub_id_without_a_timm_model_is_refused_with_close_names(error, monkeypatch):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("imageprompt.vision.load_model_config_from_hf", fail)
+    with pytest.raises(ValueError, match=r"knows no model 'timm/resnet19\.a1_in1k'\. Close: resnet18"):
+        resolve_backbone("timm/resnet19.a1_in1k")
+
+
+def test_a_model_on_the_hub_is_read_through_its_configuration(monkeypatch):
+    cfg = {"input_size": (3, 96, 96), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    monkeypatch.setattr(
+        "imageprompt.vision.load_model_config_from_hf", lambda _: (cfg, "resnet10t", {"stem_width": 16})
+    )
+    backbone = resolve_backbone("someone/my-resnet", model_args={"drop_path_rate": 0.1})
+    assert (backbone.architecture, backbone.weights) == ("resnet10t", "hf-hub:someone/my-resnet")
+    assert backbone.model_args == {"stem_width": 16, "drop_path_rate": 0.1}
+    assert backbone.pretrained_cfg["input_size"] == [3, 96, 96]
+
+
+def test_a_local_folder_in_timms_layout_brings_preprocessing_arguments_and_weights(tmp_path):
+    model = timm.create_model("test_vit", num_classes=0, depth=2)
+    save_for_hf(model, tmp_path, model_args={"depth": 2}, safe_serialization=True)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "crop_pct": 0.7}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+
+    backbone = resolve_backbone(tmp_path)
+    assert (backbone.architecture, backbone.model_args["depth"]) == ("test_vit", 2)
+    assert probe_features("test_vit", backbone.model_args, (3, 160, 160)).grid == (10, 10)
+    assert (backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["crop_pct"]) == ([0.1, 0.2, 0.3], 0.7)
+    loaded = timm.create_model(backbone.weights, pretrained=True, num_classes=0, **backbone.model_args).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_input_size_of_a_local_folder_can_be_changed(tmp_path):
+    save_for_hf(timm.create_model("test_vit", num_classes=0), tmp_path, safe_serialization=True)
+    backbone = resolve_backbone(tmp_path, preprocessing={"input_size": (1, 96, 64)})
+    assert probe_features("test_vit", backbone.model_args, (1, 96, 64)).grid == (6, 4)
+
+
+@pytest.mark.parametrize("content", [None, {"model_type": "gpt2"}])
+def test_a_folder_that_is_no_timm_checkpoint_is_refused(content, tmp_path):
+    if content:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"no timm checkpoint: it needs a config.json with `architecture`"):
+        resolve_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "message"),
+    [
+        ({"img_size": 64}, r"Unknown preprocessing \['img_size'\]; known: input_size"),
+        ({"input_size": 64}, "`input_size` is"),
+        ({"mean": (0.5, 0.5)}, "one value per channel"),
+    ],
+)
+def test_impossible_preprocessing_is_refused(preprocessing, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_backbone("resnet10t", preprocessing=preprocessing)
+
+
+def test_greyscale_input_reaches_timm_with_averaged_statistics():
+    backbone = resolve_backbone("resnet18", preprocessing={"input_size": (1, 64, 64)})
+    assert backbone.model_args == {"in_chans": 1}
+    assert backbone.pretrained_cfg["mean"] == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+
+
+def test_every_timm_name_resolves():
+    for name in timm.list_models():
+        assert resolve_backbone(name).pretrained_cfg.keys() >= {"input_size", "mean", "std"}
