@@ -25,7 +25,6 @@ FAMILIES = [
     ("cait_xxs24_224", {"depth": 1}, "NLC", (14, 14), 1),
     ("mixer_s16_224", {}, "NLC", (14, 14), 0),
     ("levit_128s", {}, "NLC", (4, 4), 0),
-    ("xcit_nano_12_p8_224", {}, "NLC", (28, 28), 1),
     ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}, "NHWC", (7, 7), 0),
     ("mambaout_femto", {}, "NHWC", (7, 7), 0),
 ]
@@ -44,9 +43,9 @@ def test_the_probe_agrees_with_a_real_forward_and_with_timms_own_map(name, model
     assert (shape.layout, shape.grid, shape.num_prefix) == (layout, grid, num_prefix)
 
     model = timm.create_model(name, num_classes=0, **model_args).eval()
-    images = torch.randn(2, *size)
+    images = torch.randn(1, *size)
     flat = flatten_features(model.forward_features(images), shape.layout, shape.num_prefix)
-    assert flat.shape == (2, grid[0] * grid[1], shape.size)
+    assert flat.shape == (1, grid[0] * grid[1], shape.size)
     if name not in ("efficientnet_b0", "mobilevit_xxs"):  # timm's last map there comes before the last convolution
         maps = model.forward_intermediates(images, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)
         assert max_difference(flat, maps[-1].flatten(2).mT) <= 1e-4
