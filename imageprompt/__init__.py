@@ -38,7 +38,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__ + ["__version__"])
+    return sorted([*__all__, "__version__"])
 
 
 def _register() -> None:
@@ -50,6 +50,10 @@ def _register() -> None:
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
         AutoProcessor,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
     from .configuration import ImagePromptConfig
@@ -65,6 +69,10 @@ def _register() -> None:
     backends = {"pil": ImagePromptImageProcessor, "torchvision": ImagePromptImageProcessor}
     AutoImageProcessor.register(ImagePromptConfig, image_processor_classes=backends)
     AutoProcessor.register(ImagePromptConfig, ImagePromptProcessor)
+    # Where the library goes by names, not classes: pipelines warn about other names, and the Trainer's label smoothing
+    # would compare each prediction with the token before it.
+    for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        names[ImagePromptConfig.model_type] = ImagePromptForConditionalGeneration.__name__
 
 
 _register()

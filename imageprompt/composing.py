@@ -8,6 +8,8 @@ image plus text must fit the positions.
 import copy
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -55,14 +57,21 @@ def compose(
     backbone = resolve_backbone(vision, model_args=model_args, preprocessing=preprocessing)
     if pretrained:
         _refuse_foreign_statistics(backbone, resolve_backbone(vision, model_args=model_args))
-    text_config = text if isinstance(text, PreTrainedConfig) else AutoConfig.from_pretrained(text)
+    if isinstance(text, PreTrainedConfig):
+        text_config = text
+    else:
+        with _loading(text):
+            text_config = AutoConfig.from_pretrained(text)
     tokenizer = _prepare_tokenizer(tokenizer if tokenizer is not None else text, text_config)
 
     text_config = copy.deepcopy(text_config)
+    if os.path.isdir(text_config.name_or_path):
+        text_config.name_or_path = ""  # a path of this machine means nothing where the model is loaded
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text_config, name, getattr(tokenizer, name))
     if pretrained and not isinstance(text, PreTrainedConfig):
-        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
+        with _loading(text):
+            language_model = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
     else:
         language_model = AutoModelForCausalLM.from_config(text_config)
     # Rows may be missing for the placeholder, or be more than the tokenizer uses.
@@ -91,7 +100,7 @@ def compose(
 
 
 def _prepare_tokenizer(source: Any, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer with a placeholder token, a padding token and left padding, all of which `save_pretrained` keeps."""
+    """The tokenizer with a placeholder, a padding token and left padding, all of which `save_pretrained` keeps."""
     if isinstance(source, PreTrainedConfig):
         raise ValueError("A language-model configuration brings no tokenizer: pass `tokenizer=`.")
     settings = {
@@ -105,7 +114,8 @@ def _prepare_tokenizer(source: Any, text_config: PreTrainedConfig) -> PreTrained
             source.save_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(source, **settings)
+        with _loading(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, **settings)
     if tokenizer.eos_token is None:
         raise ValueError("The tokenizer has no `eos_token`: without one, no answer can learn to end.")
     if tokenizer.pad_token is None:
@@ -123,13 +133,21 @@ def _refuse_foreign_statistics(wanted: Backbone, trained: Backbone) -> None:
 
 
 def _timm_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    try:
+    with _loading(backbone.weights):
         model = timm.create_model(backbone.weights, pretrained=True, num_classes=0, **backbone.model_args)
-    except RuntimeError as error:
-        raise ValueError(
-            f"timm cannot load weights for {backbone.weights!r}: {error} Random weights: pretrained=False."
-        ) from error
     return model.state_dict()
+
+
+@contextmanager
+def _loading(source: str | os.PathLike) -> Iterator[None]:
+    """Say what could not be loaded: the libraries' own messages often leave the name out."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"Cannot load {os.fspath(source)!r}: {error} Offline, pass a local folder, or pretrained=False for a timm "
+            "name."
+        ) from error
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
         """
         wanted = {"vision": vision, "connector": connector, "text": text}
         wanted = {part: learns for part, learns in wanted.items() if learns is not None}
-        self.config.trainable = self.config.trainable | wanted
+        self.config.trainable = dict.fromkeys(PARTS, True) | self.config.trainable | wanted
         for part, learns in wanted.items():
             for parameter in (parameter for module in self._parts[part] for parameter in module.parameters()):
                 # Quantised weights are integers and cannot learn.
@@ -397,7 +397,9 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         log_likelihood = -F.cross_entropy(logits.float(), targets, reduction="none")
         return log_likelihood.new_zeros(labels.shape[0]).index_add_(0, rows, log_likelihood)
 
-    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
         """`GenerationMixin.generate` for prompts that fit, padded on either side.
 
         Raises:
@@ -416,7 +418,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         if kwargs.get("mm_encoder_outputs"):
             # The library repeats these in place for beams; the caller may want them again.
             kwargs["mm_encoder_outputs"] = {name: copy(output) for name, output in kwargs["mm_encoder_outputs"].items()}
-        return super().generate(generation_config=generation_config, **kwargs)
+        return super().generate(None, generation_config, *args, **kwargs)
 
     def _count_new_tokens(self, padded_length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
         """How many tokens `generate` may add, by the library's order of precedence; at least one."""

@@ -7,7 +7,14 @@ import pytest
 import torch
 from conftest import BACKBONES, max_difference, picture, tiny, tiny_gpt2
 from PIL import Image
-from transformers import DynamicCache, GenerationConfig, GPT2LMHeadModel, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GPT2LMHeadModel,
+    LogitsProcessorList,
+    StaticCache,
+    SuppressTokensLogitsProcessor,
+)
 
 NEW_TOKENS = 6
 # Plain colours: a random backbone tells them apart better than two pictures of noise.
@@ -306,6 +313,16 @@ def test_placeholders_without_images_are_refused(tokenizer, num_image_tokens, ca
     del inputs["pixel_values"]
     with pytest.raises(ValueError, match="do not match"):
         model.generate(**inputs, cache_implementation=cache)
+
+
+def test_positional_arguments_are_those_of_the_library(pair):
+    model, processor = pair
+    inputs = row_inputs(processor, ROWS[0])
+    expected = model.generate(**inputs, max_new_tokens=3)
+    processors = LogitsProcessorList([SuppressTokensLogitsProcessor(expected[0, -3:-2])])
+    config = GenerationConfig(max_new_tokens=3)
+    output = model.generate(inputs["input_ids"], config, processors, pixel_values=inputs["pixel_values"])
+    assert output[0, -3] != expected[0, -3]
 
 
 def test_images_without_a_prompt_are_refused(pair):

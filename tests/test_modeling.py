@@ -301,6 +301,13 @@ def test_compose_takes_trainable(tokenizer):
     assert not model.lm_head.weight.requires_grad  # tied
 
 
+def test_trainable_can_be_chosen_while_loading(tokenizer, tmp_path):
+    tiny(tokenizer)[0].save_pretrained(tmp_path)
+    model = ImagePromptForConditionalGeneration.from_pretrained(tmp_path, trainable={"connector": False})
+    assert learning_parts(model) == {"vision": {True}, "connector": {False}, "text": {True}}
+    assert model.config.trainable == {"vision": True, "connector": False, "text": True}
+
+
 def test_parts_that_are_not_named_stay_as_they_are(tokenizer):
     model, _ = tiny(tokenizer)
     model.model.language_model.wpe.requires_grad_(False)  # as an adapter library would

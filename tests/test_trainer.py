@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import max_difference, picture, tiny, tiny_gpt2
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
@@ -117,7 +118,7 @@ def test_pain_09_eight_captions_are_learnt_to_the_last_token(overfitted, setting
 
 
 def test_pain_15_a_trainers_checkpoint_reloads_model_and_processor(overfitted):
-    folder, model, _ = overfitted
+    folder, _, _ = overfitted
     checkpoint = folder / "checkpoint-200"
     processor = AutoProcessor.from_pretrained(checkpoint)
     reloaded = AutoModelForImageTextToText.from_pretrained(checkpoint)
@@ -135,3 +136,16 @@ def test_evaluation_returns_losses_and_plain_logits(tokenizer, tmp_path):
     assert prediction.predictions.shape[0] == 2 and prediction.predictions.shape[-1] == model.config.vocab_size
     inputs = ImagePromptCollator(processor)(rows)
     assert prediction.metrics["test_loss"] == pytest.approx(model.eval()(**inputs).loss.item(), rel=1e-4)
+
+
+def test_label_smoothing_compares_predictions_with_the_next_token(tokenizer, tmp_path):
+    model, processor = tiny(tokenizer, "NLC", text_config=tiny_gpt2(initializer_range=0.2))
+    args = TrainingArguments(tmp_path, use_cpu=True, remove_unused_columns=False, label_smoothing_factor=0.1)
+    collator = ImagePromptCollator(processor)
+    inputs = collator(eight_rows())
+    trainer = Trainer(model, args, data_collator=collator)
+    loss = trainer.compute_loss(model.train(), dict(inputs))
+    labels = inputs.pop("labels")
+    logits = model.eval()(**inputs).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=0.1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
