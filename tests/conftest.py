@@ -13,6 +13,9 @@ from transformers import GPT2Config, GPT2Tokenizer, PreTrainedTokenizerBase, set
 from imageprompt import compose
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads that share cores with other work wait for each other; tiny models gain nothing from them.
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+torch.set_num_threads(1)
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 # One backbone per feature layout, small enough for a test: (timm name, timm keywords, input size).

@@ -128,7 +128,7 @@ def test_a_composed_model_is_saved_without_its_sources(timm_folder, gpt2_folder,
         shutil.rmtree(source)
     reloaded = type(model).from_pretrained(saved)
     inputs = type(processor).from_pretrained(saved)(images=picture(), text="A", return_tensors="pt")
-    assert torch.equal(reloaded(**inputs).logits, model(**inputs).logits)
+    assert max_difference(reloaded(**inputs).logits, model(**inputs).logits) <= 1e-6
     written = {path.name: path.read_text() for path in saved.glob("*.json")}
     assert [name for name, text in written.items() if str(tmp_path.parent) in text] == []  # no path of this machine
 

@@ -97,8 +97,8 @@ def overfitted(tokenizer, tmp_path_factory):
         {"image": Image.new("RGB", (64, 64), colour), "suffix": caption}
         for colour, caption in zip(COLOURS, CAPTIONS, strict=True)
     ]
-    settings = {"optim": "adamw_torch", "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 200}
-    train(model, processor, rows, folder, per_device_train_batch_size=8, max_steps=200, seed=0, **settings)
+    settings = {"optim": "adamw_torch", "learning_rate": 5e-3, "save_strategy": "steps", "save_steps": 120}
+    train(model, processor, rows, folder, per_device_train_batch_size=8, max_steps=120, seed=0, **settings)
     return folder, model.eval(), processor
 
 
@@ -119,7 +119,7 @@ def test_pain_09_eight_captions_are_learnt_to_the_last_token(overfitted, setting
 
 def test_pain_15_a_trainers_checkpoint_reloads_model_and_processor(overfitted):
     folder, _, _ = overfitted
-    checkpoint = folder / "checkpoint-200"
+    checkpoint = folder / "checkpoint-120"
     processor = AutoProcessor.from_pretrained(checkpoint)
     reloaded = AutoModelForImageTextToText.from_pretrained(checkpoint)
     assert captions(reloaded, processor)[0] == CAPTIONS
