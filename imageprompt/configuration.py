@@ -21,6 +21,9 @@ from .vision import PREPROCESSING_KEYS, Backbone, probe_features, registered_bac
 
 PARTS = ("vision", "connector", "text")
 
+# Labels with this value are not supervised: torch's cross-entropy ignores it.
+IGNORE_INDEX = -100
+
 # Keywords that the library itself writes into config.json or passes on, besides the declared fields.
 _LIBRARY_KEYWORDS = {
     "attn_implementation",

@@ -21,13 +21,11 @@ from transformers.models.auto import AutoModel
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .configuration import PARTS, ImagePromptConfig
+from .configuration import IGNORE_INDEX, PARTS, ImagePromptConfig
 from .connectors import build_connector
 from .vision import VisionTower, flatten_features
 
 logger = logging.get_logger(__name__)
-
-IGNORE_INDEX = -100
 
 
 @dataclass

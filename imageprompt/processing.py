@@ -12,9 +12,8 @@ import torch
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .configuration import IGNORE_INDEX
 from .image_processing import ImagePromptImageProcessor
-
-IGNORE_INDEX = -100
 
 # One line per turn, in plain words: GPT-2 has no control tokens for roles. An answer ends with EOS.
 CHAT_TEMPLATE = """\

@@ -22,7 +22,11 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 BACKBONES = {
     "NCHW": ("resnet10t", {}, (3, 64, 64)),
     "NLC": ("vit_tiny_patch16_224", {"depth": 2}, (3, 64, 64)),
-    "NHWC": ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 6)}, (3, 64, 64)),
+    "NHWC": (
+        "swin_tiny_patch4_window7_224",
+        {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 6)},
+        (3, 64, 64),
+    ),
 }
 
 

@@ -38,7 +38,7 @@ _ABBREVIATIONS |= {"st", "vs"}
 
 def tokenize_caption(caption: str) -> str:
     """Lower-case Penn Treebank tokens without punctuation, joined by spaces."""
-    words = []
+    words: list[str] = []
     # nltk splits a full stop only from the last word of a text, so it is taken off and, for abbreviations, put back.
     for token in TreebankWordTokenizer().tokenize(caption.lower()):
         if token == "." and words and words[-1] in _ABBREVIATIONS:

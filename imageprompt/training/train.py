@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
     GPT2Config,
     HfArgumentParser,
     Trainer,
@@ -66,8 +64,8 @@ class DataArguments:
 def build_model(args: ModelArguments) -> tuple[ImagePromptForConditionalGeneration, ImagePromptProcessor]:
     """The model that the arguments ask for, and its processor."""
     if args.model is not None:
-        model = AutoModelForImageTextToText.from_pretrained(args.model)
-        processor = AutoProcessor.from_pretrained(args.model)
+        model = ImagePromptForConditionalGeneration.from_pretrained(args.model)
+        processor = ImagePromptProcessor.from_pretrained(args.model)
     else:
         if args.vision is None or (args.text is None) == (args.text_config is None):
             raise ValueError("Pass --model, or --vision with one of --text and --text_config.")
