@@ -33,6 +33,14 @@ def train(context: typer.Context) -> None:
     main(context.args)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Caption a data set split and score the captions (see `imageprompt evaluate --help`)."""
+    from .evaluation.evaluate import main
+
+    main(context.args)
+
+
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Saved model: a local folder or Hub id.")],

@@ -241,6 +241,12 @@ class VisionTower(TimmWrapperModel):
 
     _no_split_modules = ["VisionTower"]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tower runs. Offloaded weights wait on the meta device, but their hook knows better."""
+        hook = getattr(self, "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or super().device)
+
     def post_init(self):
         for tensor in (*self.parameters(), *self.buffers()):
             if not tensor.is_meta:

@@ -28,15 +28,22 @@ def test_generate_prints_a_line_for_each_image(saved):
 
 def test_help_names_every_command():
     output = CliRunner().invoke(app, ["--help"]).output
-    assert all(command in output for command in ("quickstart", "train", "generate"))
+    assert all(command in output for command in ("quickstart", "train", "evaluate", "generate"))
 
 
-def test_train_help_shows_our_options_and_trainers(capsys):
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ["--vision", "--connector", "--suffix_column", "--learning_rate"]),
+        ("evaluate", ["--model", "--references_column", "--num_beams"]),
+    ],
+)
+def test_help_of_a_command_shows_its_options(capsys, command, options):
     with pytest.raises(SystemExit) as end:
-        main_with("train", "--help")
+        main_with(command, "--help")
     assert end.value.code == 0
     output = capsys.readouterr().out
-    assert all(option in output for option in ("--vision", "--connector", "--suffix_column", "--learning_rate"))
+    assert all(option in output for option in options)
 
 
 def test_a_mistake_ends_with_its_message(saved, capsys):

@@ -29,7 +29,7 @@ def commands(*start: str) -> list[list[str]]:
 def test_options_exist():
     for arguments in commands("imageprompt", "train"):
         HfArgumentParser((ModelArguments, DataArguments, TrainingArguments)).parse_args_into_dataclasses(arguments)
-    for arguments in commands("python", "scripts/evaluate.py"):
+    for arguments in commands("imageprompt", "evaluate"):
         HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(arguments)
 
 

@@ -148,6 +148,15 @@ def test_device_maps(saved, device_map):
     assert max_difference(placed(**inputs).logits.cpu(), expected) <= (0 if placed.device.type == "cpu" else 1e-3)
 
 
+def test_parts_offloaded_to_disk_answer_alike(saved, tmp_path):
+    folder, model, processor = saved
+    places = {"model.vision_tower": "disk", "model.connector": "cpu", "model.language_model": "cpu", "lm_head": "cpu"}
+    placed = ImagePromptForConditionalGeneration.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
+    assert next(placed.model.vision_tower.parameters()).is_meta
+    with torch.no_grad():
+        assert torch.equal(placed(**inputs_for(processor)).logits, model(**inputs_for(processor)).logits)
+
+
 def test_the_base_model_loads_from_the_heads_checkpoint_and_back(saved, tmp_path):
     folder, model, processor = saved
     base, info = AutoModel.from_pretrained(folder, output_loading_info=True)
