@@ -51,10 +51,6 @@ def _register() -> None:
         AutoModelForMultimodalLM,
         AutoProcessor,
     )
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
 
     from .configuration import ImagePromptConfig
     from .image_processing import ImagePromptImageProcessor
@@ -69,10 +65,6 @@ def _register() -> None:
     backends = {"pil": ImagePromptImageProcessor, "torchvision": ImagePromptImageProcessor}
     AutoImageProcessor.register(ImagePromptConfig, image_processor_classes=backends)
     AutoProcessor.register(ImagePromptConfig, ImagePromptProcessor)
-    # Where the library goes by names, not classes: pipelines warn about other names, and the Trainer's label smoothing
-    # would compare each prediction with the token before it.
-    for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
-        names[ImagePromptConfig.model_type] = ImagePromptForConditionalGeneration.__name__
 
 
 _register()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 
 app = typer.Typer(
     help="An image is a prompt: any timm backbone in front of GPT-2.",
@@ -77,7 +78,10 @@ def main() -> None:
     """Run the command; a mistake in the input ends with its message instead of a traceback."""
     try:
         app()
-    except ValueError as error:
+    except ModuleNotFoundError as error:
+        typer.secho(f'Error: {error}. The command needs: pip install "imageprompt[train]"', fg="red", err=True)
+        raise SystemExit(1) from error
+    except (OSError, StrictDataclassError, ValueError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise SystemExit(2) from error
 

@@ -14,7 +14,14 @@ from typing import Any
 
 import timm
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .configuration import ImagePromptConfig
@@ -52,11 +59,11 @@ def compose(
 
     Raises:
         ValueError: for unknown names (with close ones), a missing tokenizer, a language model whose logits a plain
-            head does not reproduce, or a mean or std that pretrained weights were not trained with.
+            head does not reproduce, or a mean, std or activation that pretrained weights were not trained with.
     """
     backbone = resolve_backbone(vision, model_args=model_args, preprocessing=preprocessing)
     if pretrained:
-        _refuse_foreign_statistics(backbone, resolve_backbone(vision, model_args=model_args))
+        _refuse_foreign_training(preprocessing or {}, resolve_backbone(vision, model_args=model_args))
     if isinstance(text, PreTrainedConfig):
         text_config = text
     else:
@@ -87,6 +94,7 @@ def compose(
     )
     model = ImagePromptForConditionalGeneration(config).eval()
     _load_language_model(model, language_model.eval())
+    model.generation_config = _generation_config(model, language_model, tokenizer)
     if pretrained:
         model.model.vision_tower.timm_model.load_state_dict(_timm_weights(backbone))
 
@@ -123,13 +131,31 @@ def _prepare_tokenizer(source: Any, text_config: PreTrainedConfig) -> PreTrained
     return tokenizer
 
 
-def _refuse_foreign_statistics(wanted: Backbone, trained: Backbone) -> None:
-    for key in ("mean", "std"):
-        if wanted.pretrained_cfg[key] != trained.pretrained_cfg[key]:
+def _refuse_foreign_training(preprocessing: dict[str, Any], trained: Backbone) -> None:
+    for key in preprocessing.keys() & {"mean", "std"}:
+        if list(preprocessing[key]) != trained.pretrained_cfg[key]:
             raise ValueError(
                 f"The weights of {trained.architecture} were trained with {key} {trained.pretrained_cfg[key]}, not "
-                f"{wanted.pretrained_cfg[key]}: leave it out of `preprocessing`, or compose with pretrained=False."
+                f"{preprocessing[key]}: leave it out of `preprocessing`, or compose with pretrained=False."
             )
+    if "quickgelu" in " ".join(trained.notes).lower() and "quickgelu" not in trained.architecture:
+        raise ValueError(
+            f"The weights {trained.weights!r} were trained with QuickGELU, which {trained.architecture} does not use: "
+            f"choose timm's quickgelu variant of the name (see `timm.list_models('*quickgelu*')`)."
+        )
+
+
+def _generation_config(
+    model: PreTrainedModel, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """How the language model generates, with the tokenizer's ids where it names none, and never a placeholder."""
+    generation_config = copy.deepcopy(language_model.generation_config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(generation_config, name) is None:
+            setattr(generation_config, name, getattr(tokenizer, name))
+    suppressed = [*(generation_config.suppress_tokens or []), *model.generation_config.suppress_tokens]
+    generation_config.suppress_tokens = suppressed
+    return generation_config
 
 
 def _timm_weights(backbone: Backbone) -> dict[str, torch.Tensor]:

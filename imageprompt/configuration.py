@@ -15,9 +15,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
+from transformers.utils import logging
 
 from .connectors import possible_counts, resolve_num_image_tokens
 from .vision import PREPROCESSING_KEYS, Backbone, probe_features, registered_backbone, resolve_backbone
+
+logger = logging.get_logger(__name__)
 
 PARTS = ("vision", "connector", "text")
 
@@ -72,10 +75,13 @@ class ImagePromptConfig(PreTrainedConfig):
         feature_grid (`list[int]`, *optional*): rows and columns of the backbone's last feature map; probed.
         feature_layout (`str`, *optional*): `"NCHW"`, `"NHWC"` or `"NLC"`; probed.
         num_prefix_tokens (`int`, *optional*): class and register tokens before an NLC grid; probed.
+        unused_parameters (`list[str]`, *optional*):
+            The backbone's parameters behind its features, such as pooling heads, which can never learn; probed.
         tie_word_embeddings (`bool`, *optional*): share input embeddings and head; taken from `text_config`.
 
     Raises:
         ValueError: for unknown keywords, unknown timm names, impossible token counts or budgets.
+        StrictDataclassError: for values of a wrong type.
     """
 
     model_type = "imageprompt"
@@ -90,7 +96,7 @@ class ImagePromptConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     connector: str = "mlp"
-    fusion: Literal["prefix"] = "prefix"
+    fusion: str = "prefix"
     num_image_tokens: int | None = None
     image_token_id: int | None = None
     trainable: dict[str, bool] | None = None
@@ -98,6 +104,7 @@ class ImagePromptConfig(PreTrainedConfig):
     feature_grid: list[int] | tuple[int, ...] | None = None
     feature_layout: Literal["NCHW", "NHWC", "NLC"] | None = None
     num_prefix_tokens: int | None = None
+    unused_parameters: list[str] | None = None
     tie_word_embeddings: bool | None = None
 
     hidden_size = _mirror("hidden_size")
@@ -156,6 +163,20 @@ class ImagePromptConfig(PreTrainedConfig):
         backbone = resolve_backbone(timm_name, model_args=model_args, preprocessing=preprocessing)
         return cls(vision_config=_vision_config(backbone), text_config=text_config, **config_fields)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As the library's; keys that this version does not know are kept, with a warning, and do nothing.
+
+        Other tools and later versions write such keys, and a checkpoint must still load.
+        """
+        foreign = {key: value for key, value in config_dict.items() if not cls._knows(key)}
+        if foreign:
+            logger.warning(f"This version of imageprompt makes no use of {', '.join(sorted(foreign))} in config.json.")
+        loaded = super().from_dict({key: config_dict[key] for key in config_dict.keys() - foreign.keys()}, **kwargs)
+        for key, value in foreign.items():
+            setattr(loaded[0] if isinstance(loaded, tuple) else loaded, key, value)
+        return loaded
+
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels that the vision tower takes."""
@@ -173,14 +194,17 @@ class ImagePromptConfig(PreTrainedConfig):
             output["vision_config"].pop(key, None)
         return output
 
+    @classmethod
+    def _knows(cls, key: str) -> bool:
+        return key.startswith("_") or key in _LIBRARY_KEYWORDS or key in {field.name for field in fields(cls)}
+
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        known = {field.name for field in fields(self)}
         for key in kwargs:
-            if key in _LIBRARY_KEYWORDS or key.startswith("_"):
+            if self._knows(key):
                 continue
             if key in GenerationConfig().to_dict():
                 raise ValueError(f"`{key}` steers generation: set it on `model.generation_config`, not on the config.")
-            close = difflib.get_close_matches(key, known, n=3)
+            close = difflib.get_close_matches(key, [field.name for field in fields(self)], n=3)
             hint = f" Did you mean {' or '.join(f'`{name}`' for name in close)}?" if close else ""
             raise ValueError(f"ImagePromptConfig knows no field `{key}`.{hint}")
 
@@ -197,22 +221,20 @@ class ImagePromptConfig(PreTrainedConfig):
                 preprocessing={key: given[key] for key in PREPROCESSING_KEYS if key in given},
             )
             self.vision_config = vision = _vision_config(backbone)
-        if None in (self.feature_size, self.feature_grid, self.feature_layout, self.num_prefix_tokens):
+        probed_names = ("feature_size", "feature_grid", "feature_layout", "num_prefix_tokens", "unused_parameters")
+        if any(getattr(self, name) is None for name in probed_names):
             shape = probe_features(vision.architecture, vision.model_args, vision.pretrained_cfg["input_size"])
-            probed = {
-                "feature_size": shape.size,
-                "feature_grid": list(shape.grid),
-                "feature_layout": shape.layout,
-                "num_prefix_tokens": shape.num_prefix,
-            }
-            for name, value in probed.items():
+            probed = (shape.size, list(shape.grid), shape.layout, shape.num_prefix, shape.unused_parameters)
+            for name, value in zip(probed_names, probed, strict=True):
                 if getattr(self, name) not in (None, value):
                     raise ValueError(f"`{name}={getattr(self, name)}`, but {vision.architecture} has {value}.")
                 setattr(self, name, value)
         self.feature_grid = list(self.feature_grid)
 
     def validate_parts(self):
-        """Part of `@strict` validation: the trainable parts, the placeholder and the position budget."""
+        """Part of `@strict` validation: fusion, the trainable parts, the placeholder and the position budget."""
+        if self.fusion != "prefix":
+            raise ValueError(f"`fusion={self.fusion!r}` is not there yet; this version knows 'prefix'.")
         if set(self.trainable) != set(PARTS):
             wrong = sorted(set(self.trainable) ^ set(PARTS))
             raise ValueError(f"`trainable` has the keys {', '.join(PARTS)}; unknown or missing: {', '.join(wrong)}.")

@@ -18,6 +18,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto import AutoModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
@@ -26,6 +30,14 @@ from .connectors import build_connector
 from .vision import VisionTower, flatten_features
 
 logger = logging.get_logger(__name__)
+
+# Tokenizers may add these; GPT-2 would add them up as if they were words.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+# Where the library goes by names, not classes: pipelines warn about other names, and the Trainer's label smoothing
+# would compare each prediction with the token before it.
+for _names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+    _names[ImagePromptConfig.model_type] = "ImagePromptForConditionalGeneration"
 
 
 @dataclass
@@ -104,6 +116,10 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
             for parameter in (parameter for module in self._parts[part] for parameter in module.parameters()):
                 # Quantised weights are integers and cannot learn.
                 parameter.requires_grad_(learns and parameter.is_floating_point())
+        # What the features do not depend on gets no gradient, for which distributed training would wait.
+        for name, parameter in self.base_model.vision_tower.timm_model.named_parameters():
+            if name in self.config.unused_parameters:
+                parameter.requires_grad_(False)
         return self.train(self.training)
 
     def train(self, mode: bool = True):
@@ -230,9 +246,11 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs`, not both.")
-        # GPT-2 would add these as if they were words.
-        for name in ("token_type_ids", "mm_token_type_ids"):
+        for name in TOKEN_TYPES:
             kwargs.pop(name, None)
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(self.config, name):
+                kwargs.setdefault(name, True)
 
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -247,6 +265,11 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if image_outputs is None and pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
+            if input_ids is not None:
+                torch_compilable_check(
+                    (torch.eq(input_ids, self.config.image_token_id).sum(-1) % self.config.num_image_tokens == 0).all(),
+                    f"A row holds a part of an image: each takes {self.config.num_image_tokens} placeholders.",
+                )
         image_features = None
         if image_outputs is not None:
             image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -278,11 +301,18 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
 
     def _zero_from_image_parameters(self) -> Tensor:
         """Zero, computed from one blank image, so that every image parameter takes part in the graph."""
-        was_training = self.vision_tower.training
-        self.vision_tower.eval()  # a blank image must not enter the batch-norm statistics
+        tower = self.vision_tower
         blank = torch.zeros(1, self.config.num_channels, *self.config.image_size, device=self.device, dtype=self.dtype)
+        modes = {module: module.training for module in tower.modules()}
+        checkpoints = tower.supports_gradient_checkpointing and self.is_activation_checkpointing
+        tower.eval()  # a blank image must not enter the batch-norm statistics
+        if checkpoints:  # recomputed later, in training mode, the tower would do something else
+            tower.timm_model.set_grad_checkpointing(False)
         zero = (self.get_image_features(blank, return_dict=True).pooler_output * 0).sum()
-        self.vision_tower.train(was_training)
+        if checkpoints:
+            tower.timm_model.set_grad_checkpointing(True)
+        for module, mode in modes.items():
+            module.training = mode
         return zero
 
 
@@ -388,9 +418,12 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
             inputs: the processor's other outputs.
 
         Returns:
-            (rows,), the sum over each row's labelled tokens in nats, in fp32; 0 for a row without any.
+            (rows,), the sum over each row's labelled tokens in nats, in fp32, without dropout; 0 for a row without any.
         """
+        was_training = self.training
+        self.eval()
         hidden_states = self.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+        self.train(was_training)
         logits, targets, rows = self._supervised(hidden_states, labels)
         log_likelihood = -F.cross_entropy(logits.float(), targets, reduction="none")
         return log_likelihood.new_zeros(labels.shape[0]).index_add_(0, rows, log_likelihood)
@@ -404,6 +437,8 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
             ValueError: if the longest prompt plus the new tokens needs more positions than the language model has;
                 images are not encoded then.
         """
+        for name in TOKEN_TYPES:
+            kwargs.pop(name, None)
         if inputs is not None:
             kwargs["input_ids"] = inputs
         mask = kwargs.get("attention_mask")

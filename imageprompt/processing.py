@@ -250,6 +250,8 @@ class ImagePromptProcessor(ProcessorMixin):
             elif not row_images:
                 raise ValueError(f"Row {row} has {self.image_token} in its text but no image.")
             marked.append(sample)
+        if not marked:
+            raise ValueError("There is no row: `images` and `text` are empty.")
         flat = [image for row_images in rows for image in row_images]
         return flat or None, marked
 

@@ -14,7 +14,6 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
@@ -26,23 +25,29 @@ PREPROCESSING_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", 
 class Backbone:
     """A timm backbone, resolved from a name: what `timm.create_model` needs, and where its weights are.
 
-    `weights` is the name under which `timm.create_model(..., pretrained=True)` finds them.
+    `weights` is the name under which `timm.create_model(..., pretrained=True)` finds them; `notes` are timm's remarks
+    on them.
     """
 
     architecture: str
     pretrained_cfg: dict[str, Any]
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
 class FeatureShape:
-    """What a backbone emits for one image: channels, layout, (rows, columns), and tokens before the grid."""
+    """What a backbone emits for one image: channels, layout, (rows, columns), and tokens before the grid.
+
+    `unused_parameters` are those that the features do not depend on, such as a pooling head's.
+    """
 
     size: int
     layout: str
     grid: tuple[int, int]
     num_prefix: int
+    unused_parameters: list[str] = field(default_factory=list)
 
 
 def resolve_backbone(
@@ -123,7 +128,8 @@ def _backbone(
             data_config[statistic] = (sum(data_config[statistic]) / len(data_config[statistic]),) * channels
 
     pretrained_cfg = {key: data_config[key] for key in PREPROCESSING_KEYS}
-    return Backbone(architecture, _as_json(pretrained_cfg), _as_json(model_args), weights)
+    notes = tuple(cfg.get("notes") or ())
+    return Backbone(architecture, _as_json(pretrained_cfg), _as_json(model_args), weights, notes)
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +155,9 @@ def _registered_cfg(name: str) -> dict[str, Any]:
 
 
 def _read_timm_folder(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    # No public way to read a folder's configuration; only imported where one is read.
+    from timm.models._hub import load_model_config_from_path
+
     try:
         return load_model_config_from_path(folder)
     except (FileNotFoundError, KeyError) as error:
@@ -159,6 +168,8 @@ def _read_timm_folder(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]
 
 
 def _read_timm_hub(hub_id: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    from timm.models import load_model_config_from_hf
+
     try:
         return load_model_config_from_hf(hub_id)
     except (OSError, ValueError, KeyError) as error:
@@ -188,11 +199,12 @@ def probe_features(architecture: str, model_args: dict[str, Any] | None, input_s
     images = torch.empty(1, *input_size, device="meta")
     maps = []
     try:
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"):
             model = timm.create_model(architecture, pretrained=False, num_classes=0, **(model_args or {})).eval()
             features = model.forward_features(images)
             if isinstance(features, Tensor) and features.ndim == 3:
                 maps = model.forward_intermediates(images, indices=1, output_fmt="NCHW", intermediates_only=True)
+            unused = _unused_parameters(model, features)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{architecture} with model_args={model_args or {}} does not run on {tuple(input_size)} images: {error}"
@@ -211,10 +223,18 @@ def probe_features(architecture: str, model_args: dict[str, Any] | None, input_s
                 f"{architecture} keeps only {features.shape[1]} of the tokens of its {rows}x{columns} feature map: "
                 "it cannot be a vision tower."
             )
-        return FeatureShape(size, "NLC", (rows, columns), num_prefix)
+        return FeatureShape(size, "NLC", (rows, columns), num_prefix, unused)
     if getattr(model, "output_fmt", "NCHW") == "NHWC" or features.shape[1] != size:
-        return FeatureShape(size, "NHWC", tuple(features.shape[1:3]), 0)
-    return FeatureShape(size, "NCHW", tuple(features.shape[2:]), 0)
+        return FeatureShape(size, "NHWC", tuple(features.shape[1:3]), 0, unused)
+    return FeatureShape(size, "NCHW", tuple(features.shape[2:]), 0, unused)
+
+
+def _unused_parameters(model: torch.nn.Module, features: Any) -> list[str]:
+    if not isinstance(features, Tensor):
+        return []
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
 
 
 def flatten_features(features: Tensor, layout: str, num_prefix_tokens: int) -> Tensor:
@@ -245,7 +265,7 @@ class VisionTower(TimmWrapperModel):
     def device(self) -> torch.device:
         """Where the tower runs. Offloaded weights wait on the meta device, but their hook knows better."""
         hook = getattr(self, "_hf_hook", None)
-        return torch.device(getattr(hook, "execution_device", None) or super().device)
+        return next(self.parameters()).device if hook is None else torch.device(hook.execution_device)
 
     def post_init(self):
         for tensor in (*self.parameters(), *self.buffers()):

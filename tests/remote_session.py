@@ -38,6 +38,7 @@ def main(checkpoint, result, resaved=None):
         AutoModelForMultimodalLM,
         AutoProcessor,
     )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
@@ -49,6 +50,9 @@ def main(checkpoint, result, resaved=None):
         assert type(part).__module__.startswith("transformers_modules."), type(part)
     assert type(base).__name__ == "ImagePromptModel" and type(model) is type(same)
     assert type(processor.image_processor) is type(image_processor)
+
+    # By this name the Trainer knows to shift labels when it smooths them.
+    assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     image = np.arange(70 * 90 * 3, dtype=np.uint8).reshape(70, 90, 3)
     inputs = processor(images=image, text="A photo of", return_tensors="pt")

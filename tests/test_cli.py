@@ -1,5 +1,8 @@
 """The `imageprompt` command."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 from conftest import picture, tiny
 from typer.testing import CliRunner
@@ -51,6 +54,19 @@ def test_a_mistake_ends_with_its_message(saved, capsys):
         main_with("generate", str(saved / "model"), "nowhere.png")
     assert end.value.code == 2
     assert "There is no image nowhere.png" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main_with("generate", "/no/such/model", str(saved / "0.png"))
+    assert end.value.code == 2
+    assert "/no/such/model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["train", "generate", "evaluate"])
+def test_scripts_run_from_a_checkout(script, capsys):
+    with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [f"scripts/{script}.py", "--help"])
+        runpy.run_path(str(Path(__file__).parents[1] / "scripts" / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 0
+    assert "--batch" in capsys.readouterr().out.replace("--per_device_train_batch", "--batch")
 
 
 def main_with(*arguments: str) -> None:

@@ -28,7 +28,8 @@ def timm_folder(tmp_path_factory):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2.0)
     save_file(model.state_dict(), folder / "model.safetensors")
-    cfg = {"input_size": [3, 64, 64], "interpolation": "bilinear", "crop_pct": 0.9, "classifier": "fc", **STATISTICS}
+    cfg = {"input_size": [3, 64, 64], "interpolation": "bilinear", "crop_pct": 0.9, **STATISTICS}
+    cfg |= {"classifier": "fc", "first_conv": "conv1.0"}
     config = {"architecture": "resnet10t", "num_classes": 5, "pretrained_cfg": cfg}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -283,3 +284,34 @@ def random_backbone(folder):
         json.dumps({"architecture": "resnet10t", "num_classes": 0, "pretrained_cfg": cfg})
     )
     return folder
+
+
+def test_the_language_models_way_of_generating_is_kept(timm_folder, gpt2_folder, tmp_path):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
+    original = GPT2LMHeadModel.from_pretrained(folder)
+    original.generation_config.repetition_penalty = 5.0
+    original.generation_config.eos_token_id = [0, 7]
+    original.generation_config.suppress_tokens = [3]
+    original.save_pretrained(folder)
+    model, processor = compose(timm_folder, folder, num_image_tokens=4)
+    ids = processor(text="A photo of a dog", return_tensors="pt")
+    expected = original.generate(**ids, max_new_tokens=12)
+    assert torch.equal(model.generate(**ids, max_new_tokens=12), expected)
+    assert model.generation_config.eos_token_id == [0, 7]
+    assert model.generation_config.suppress_tokens == [3, model.config.image_token_id]
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_clip_224.openai", "timm/vit_base_patch32_clip_224.openai"])
+def test_pain_17_weights_trained_with_another_activation_are_refused(tokenizer, name):
+    with pytest.raises(ValueError, match=r"trained with QuickGELU.*quickgelu"):
+        compose(name, tiny_gpt2(), tokenizer=tokenizer)
+
+
+def test_pretrained_weights_may_take_grey_images(timm_folder, tokenizer):
+    grey = {"input_size": (1, 64, 64)}
+    model, processor = compose(timm_folder, tiny_gpt2(), tokenizer=tokenizer, preprocessing=grey, num_image_tokens=4)
+    reference = timm.create_model(f"local-dir:{timm_folder}", pretrained=True, in_chans=1).eval()
+    pixels = processor(images=picture(), return_tensors="pt")["pixel_values"]
+    assert pixels.shape[1] == 1
+    tower = model.model.vision_tower.timm_model
+    assert torch.equal(tower.forward_features(pixels), reference.forward_features(pixels))

@@ -239,3 +239,20 @@ def test_pain_16_configuring_makes_no_weights_and_leaves_the_random_state(monkey
     ImagePromptConfig.from_backbones("vit_giant_patch14_dinov2.lvd142m", connector="pool")  # a billion parameters
     assert made and not any(made)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_pain_13_keys_of_others_are_kept_with_a_warning(tmp_path, caplog):
+    config = ImagePromptConfig.from_backbones("resnet10t", tiny_gpt2())
+    config.pad_token_id = 0
+    config.my_note = "for the record"
+    config.save_pretrained(tmp_path)
+    reloaded = ImagePromptConfig.from_pretrained(tmp_path)
+    assert (reloaded.pad_token_id, reloaded.my_note) == (0, "for the record")
+    assert reloaded.to_dict() == config.to_dict()
+    again, unused = ImagePromptConfig.from_dict(config.to_dict(), return_unused_kwargs=True, use_cache=False, other=1)
+    assert (again.my_note, again.use_cache, unused) == ("for the record", False, {"other": 1})
+
+
+def test_a_fusion_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"'cross_attention'.*'prefix'"):
+        ImagePromptConfig.from_backbones("resnet10t", tiny_gpt2(), fusion="cross_attention")

@@ -1,5 +1,6 @@
 """The commands in docs/ are commands that work."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -39,3 +40,16 @@ def test_training_commands_run(arguments, shared_data, tmp_path, monkeypatch):
     short = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--eval_strategy", "no", "--save_strategy", "no"]
     main([*arguments, *short, "--output_dir", str(tmp_path / "run")])
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_figures_of_the_captioning_page_are_those_measured():
+    measured = json.loads((DOCS / "flickr8k" / "scores.json").read_text())
+    page = (DOCS / "captioning.md").read_text()
+    rows = {"this model": measured["scores"], "best constant caption": measured["best_constant"]["scores"]}
+    for name, scores in rows.items():
+        figures = " | ".join(f"{scores[key]:.3f}" for key in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"))
+        assert f"| {name} | {figures} |" in page
+    assert f"{measured['distinct_captions']} different captions" in page
+    assert measured["scores"]["CIDEr"] > 2 * measured["best_constant"]["scores"]["CIDEr"]
+    minutes = json.loads((DOCS / "flickr8k" / "train_results.json").read_text())["train_runtime"] / 60
+    assert f"{minutes:.0f} minutes" in page

@@ -353,3 +353,20 @@ def test_pain_23_decoding_compiles_without_graph_breaks(pair):
         step = {"input_ids": torch.tensor([[7]]), "position_ids": torch.tensor([[length]])}
         expected = model(**step, past_key_values=caches[0]).logits
         assert max_difference(compiled(**step, past_key_values=caches[1]).logits, expected) <= 1e-5
+
+
+def test_pain_23_a_prompt_with_an_image_compiles_without_graph_breaks(pair):
+    model, processor = pair
+    inputs = row_inputs(processor, ROWS[0])
+    assert "pixel_values" in inputs
+    with torch.no_grad():
+        compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+        assert max_difference(compiled(**inputs).logits, model(**inputs).logits) <= 1e-5
+
+
+def test_token_types_are_dropped(pair):
+    model, processor = pair
+    inputs = row_inputs(processor, ROWS[0])
+    expected = model.generate(**inputs, max_new_tokens=4)
+    types = {name: torch.ones_like(inputs["input_ids"]) for name in ("token_type_ids", "mm_token_type_ids")}
+    assert torch.equal(model.generate(**inputs, **types, max_new_tokens=4), expected)

@@ -1,4 +1,4 @@
-"""The README's Python blocks, executed in order as one program.
+"""The README's Python blocks, executed in order as one program, and then its commands.
 
 The Hub is stood in for by a local cache in the Hub's own layout, so the real loading code runs: a ViT-S with random
 weights and a small GPT-2 under the names that the README uses. Pushing saves to the working directory, from where the
@@ -7,6 +7,7 @@ README's next block loads.
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,13 @@ from conftest import picture, tiny_gpt2
 from safetensors.torch import save_file
 from transformers import GPT2LMHeadModel, PreTrainedModel, ProcessorMixin
 
+from imageprompt import ImagePromptForConditionalGeneration
+from imageprompt.cli import main
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"^imageprompt .*$", README, re.MULTILINE)
 
 
 def cached_repository(cache: Path, repo_id: str) -> Path:
@@ -55,7 +60,7 @@ def test_readme_runs(hub, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(owner, "push_to_hub", save_locally)
     monkeypatch.chdir(tmp_path)
     picture().save("photo.jpg")
-    assert len(BLOCKS) >= 4
+    assert len(BLOCKS) >= 4 and len(COMMANDS) >= 2
     namespace: dict = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), namespace)
@@ -63,6 +68,32 @@ def test_readme_runs(hub, tmp_path, monkeypatch, capsys):
     # The block that loads what was pushed got the very same model.
     assert namespace["model"].config.num_image_tokens == 49
     assert not namespace["model"].config.trainable["vision"]
+
+    write_photos(tmp_path / "photos")
+    for command in COMMANDS:
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        command_line()
+    assert re.search(r"^photo\.jpg\t", capsys.readouterr().out, re.MULTILINE)
+    more = ImagePromptForConditionalGeneration.from_pretrained("runs/more")
+    assert not more.config.trainable["vision"]
+
+
+def write_photos(folder: Path) -> None:
+    """A user's own data set: images in a folder, and a table of their captions."""
+    (folder / "train").mkdir(parents=True)
+    lines = ["file_name,caption"]
+    for seed in range(2):
+        picture(seed).save(folder / "train" / f"{seed}.jpg")
+        lines.append(f"{seed}.jpg,A dog!")
+    (folder / "train" / "metadata.csv").write_text("\n".join(lines))
+
+
+def command_line() -> None:
+    """`imageprompt`, whose subcommands end as programs do."""
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
 
 
 def test_readme_names_existing_files_and_commands():

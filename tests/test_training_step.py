@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from conftest import BACKBONES, max_difference, picture, tiny, tiny_gpt2
 from torch import nn
 
+from imageprompt import compose
+
 ROWS = [  # image, prompt and answer of each row
     (picture(0), "A photo of", " a dog!"),
     (None, "What is it?", " It is the number seven."),
@@ -193,7 +195,7 @@ def test_pain_10_checkpointed_activations_change_no_gradient(tokenizer, layout, 
     without_statistics(model.train())
     inputs = batch(processor)
     expected = gradients(model, model(**inputs).loss)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert_same_gradients(gradients(model, model(**inputs).loss), expected)
 
 
@@ -203,7 +205,7 @@ def test_pain_10_checkpointing_reaches_timm_and_goes_away_again(tokenizer, layou
     model.train()
     inputs = batch(processor)
     everything, _ = saved_elements(model, inputs)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert model.is_gradient_checkpointing
     assert saved_elements(model, inputs)[0] < everything
     model.gradient_checkpointing_disable()
@@ -213,7 +215,7 @@ def test_pain_10_checkpointing_reaches_timm_and_goes_away_again(tokenizer, layou
 def test_pain_10_a_backbone_that_cannot_checkpoint_says_so(tokenizer, caplog):
     model, processor = tiny(tokenizer)
     model.model.vision_tower.supports_gradient_checkpointing = False
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert "cannot checkpoint activations" in caplog.text
     model.train()(**batch(processor)).loss.backward()
 
@@ -233,6 +235,57 @@ def distributed_step(rank, folder, tokenizer, frozen):
     parallel(**inputs).loss.backward()
     torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_pain_07_a_batch_without_images_reaches_the_image_parts_and_changes_nothing(
+    tokenizer, process_group, checkpointing
+):
+    model, processor = tiny(tokenizer)
+    model.train()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    norms[0].eval()  # as users do who freeze only some statistics
+    before = [norm.running_mean.clone() for norm in norms]
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model(**batch(processor, [(None, "Two cats on a", " red sofa.")])).loss.backward()
+    assert all(p.grad is not None for p in model.model.connector.parameters())
+    assert all(p.grad is not None for p in model.model.vision_tower.parameters())
+    assert [norm.training for norm in norms] == [False] + [True] * (len(norms) - 1)
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_args"),
+    [
+        ("convnext_atto", {}),
+        ("mobilenetv3_small_050", {}),
+        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 48, "num_heads": 2}),
+    ],
+)
+def test_pain_07_every_parameter_that_learns_gets_a_gradient(tokenizer, name, model_args):
+    settings = {"preprocessing": {"input_size": (3, 64, 64)}, "model_args": model_args, "num_image_tokens": 4}
+    model, processor = compose(name, tiny_gpt2(), tokenizer=tokenizer, pretrained=False, **settings)
+    model.train()(**batch(processor)).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    frozen = {name for name, p in model.model.vision_tower.timm_model.named_parameters() if not p.requires_grad}
+    assert frozen == set(model.config.unused_parameters) != set()
+
+
+def test_score_leaves_dropout_out_and_the_mode_as_it_was(tokenizer):
+    model, processor = tiny(tokenizer, text_config=tiny_gpt2(resid_pdrop=0.5))
+    inputs = batch(processor)
+    expected = model.eval().score(**inputs)
+    assert torch.equal(model.train().score(**inputs), expected)
+    assert model.training
 
 
 @pytest.mark.parametrize("frozen", [(), ("vision",)], ids=["all learn", "tower frozen"])

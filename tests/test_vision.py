@@ -195,3 +195,16 @@ def test_greyscale_input_reaches_timm_with_averaged_statistics():
 def test_every_timm_name_resolves():
     for name in timm.list_models():
         assert resolve_backbone(name).pretrained_cfg.keys() >= {"input_size", "mean", "std"}
+
+
+@pytest.mark.parametrize(
+    ("name", "unused"),
+    [
+        ("resnet18", set()),
+        ("vit_tiny_patch16_224", set()),
+        ("convnext_atto", {"head.norm.weight", "head.norm.bias"}),
+        ("mobilenetv3_small_050", {"conv_head.weight", "conv_head.bias"}),
+    ],
+)
+def test_pain_07_parameters_behind_the_features_are_found(name, unused):
+    assert set(probe_features(name, None, [3, 224, 224]).unused_parameters) == unused

@@ -5,6 +5,7 @@ Rows are made when they are read, so that captions are drawn and images augmente
 
 import random
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,18 @@ def as_rows(
     text_column: str | None = None,
     prompt: str = "",
     augment: Callable[[Any], Any] | None = None,
+    draw: bool = True,
 ) -> Dataset:
     """The data set as rows for [`ImagePromptCollator`].
 
     Args:
         dataset: with the columns named.
         image_column: images.
-        suffix_column: the text to learn; of a list of texts, one is drawn whenever the row is read.
+        suffix_column: the text to learn, or a list of texts.
         text_column: a prompt for each row, for example a question.
         prompt: one prompt for all rows, where there is no `text_column`.
         augment: applied to every image, PIL to PIL.
+        draw: of a list of texts, draw one whenever the row is read, or always take the first, for evaluation.
 
     Raises:
         ValueError: if a column is missing; the columns found are named.
@@ -57,7 +60,8 @@ def as_rows(
     def rows(batch: dict[str, list]) -> dict[str, list]:
         images = batch[image_column]
         texts = batch[text_column] if text_column else [prompt] * len(images)
-        suffixes = [s if isinstance(s, str) else random.choice(s) for s in batch[suffix_column]]
+        choose = random.choice if draw else itemgetter(0)
+        suffixes = [s if isinstance(s, str) else choose(s) for s in batch[suffix_column]]
         return {
             "image": [augment(image.convert("RGB")) for image in images] if augment else images,
             "text": texts,

@@ -35,15 +35,15 @@ class ModelArguments:
         default=None, metadata={"help": 'A new GPT-2 instead, as JSON: \'{"n_layer": 4, "n_embd": 256, "n_head": 4}\'.'}
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Where to load the tokenizer from, if not --text."})
-    pretrained: bool = field(default=True, metadata={"help": "Load the parts' weights, or start from random ones."})
-    connector: str = field(default="mlp", metadata={"help": "Connector between backbone and language model."})
+    pretrained: bool | None = field(default=None, metadata={"help": "Load the parts' weights (the default), or not."})
+    connector: str | None = field(default=None, metadata={"help": "Connector between the parts; mlp by default."})
     num_image_tokens: int | None = field(default=None, metadata={"help": "Tokens per image; the connector's default."})
     image_size: int | None = field(default=None, metadata={"help": "Square input in pixels; the backbone's own."})
     crop_pct: float | None = field(default=None, metadata={"help": "Share of the resized image that is kept."})
     model_args: dict | str | None = field(default=None, metadata={"help": "Further timm.create_model keywords, JSON."})
-    train_vision: bool = field(default=True, metadata={"help": "Whether the vision tower learns."})
-    train_connector: bool = field(default=True, metadata={"help": "Whether the connector learns."})
-    train_text: bool = field(default=True, metadata={"help": "Whether the language model learns."})
+    train_vision: bool | None = field(default=None, metadata={"help": "Whether the vision tower learns; as saved."})
+    train_connector: bool | None = field(default=None, metadata={"help": "Whether the connector learns; as saved."})
+    train_text: bool | None = field(default=None, metadata={"help": "Whether the language model learns; as saved."})
 
 
 @dataclass
@@ -63,7 +63,14 @@ class DataArguments:
 
 def build_model(args: ModelArguments) -> tuple[ImagePromptForConditionalGeneration, ImagePromptProcessor]:
     """The model that the arguments ask for, and its processor."""
+    parts = {
+        name: value
+        for name, value in vars(args).items()
+        if value is not None and name != "model" and not name.startswith("train_")
+    }
     if args.model is not None:
+        if parts:
+            raise ValueError(f"--model is composed already: leave out {', '.join(f'--{name}' for name in parts)}.")
         model = ImagePromptForConditionalGeneration.from_pretrained(args.model)
         processor = ImagePromptProcessor.from_pretrained(args.model)
     else:
@@ -76,11 +83,10 @@ def build_model(args: ModelArguments) -> tuple[ImagePromptForConditionalGenerati
             args.vision,
             args.text or GPT2Config(**_parsed(args.text_config)),
             tokenizer=args.tokenizer,
-            pretrained=args.pretrained,
+            pretrained=args.pretrained is not False,
             model_args=_parsed(args.model_args),
             preprocessing=preprocessing,
-            connector=args.connector,
-            num_image_tokens=args.num_image_tokens,
+            **{name: parts[name] for name in ("connector", "num_image_tokens") if name in parts},
         )
     processor.check_model(model)
     model.set_trainable(vision=args.train_vision, connector=args.train_connector, text=args.train_text)
@@ -102,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = {name: getattr(data_args, name) for name in ("image_column", "suffix_column", "text_column", "prompt")}
     train_split = read_split(data_args.dataset, data_args.train_split)
     evaluates = training_args.eval_strategy != "no"
-    eval_rows = as_rows(read_split(data_args.dataset, data_args.eval_split), **columns) if evaluates else None
+    eval_rows = (
+        as_rows(read_split(data_args.dataset, data_args.eval_split), draw=False, **columns) if evaluates else None
+    )
     model, processor = build_model(model_args)
     augment = augmentation(model.config.image_size) if data_args.augment else None
 

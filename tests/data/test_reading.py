@@ -24,6 +24,11 @@ def test_one_caption_of_several_is_drawn_at_every_reading(dataset):
     assert rows[0]["text"] == ""
 
 
+def test_evaluation_always_reads_the_first_caption(dataset):
+    rows = as_rows(dataset, image_column="photo", suffix_column="captions", draw=False)
+    assert {rows[1]["suffix"] for _ in range(10)} == {"a cat"}
+
+
 def test_prompts_come_from_a_column_or_are_one_for_all(dataset):
     columns = {"image_column": "photo", "suffix_column": "captions"}
     assert as_rows(dataset, text_column="q", **columns)[1]["text"] == "B?"

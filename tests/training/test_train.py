@@ -78,6 +78,17 @@ def test_goes_on_from_a_saved_model_and_resumes_a_run(folders, tmp_path):
     assert json.loads((tmp_path / "second" / "trainer_state.json").read_text())["global_step"] == 6
 
 
+def test_a_frozen_part_of_a_saved_model_stays_frozen(folders, tmp_path):
+    main(options(folders, tmp_path / "first", "--train_vision", "false"))
+    again = ["--model", str(tmp_path / "first"), "--dataset", str(folders[0]), "--suffix_column", "captions"]
+    again += ["--use_cpu", "--max_steps", "1"]
+    main([*again, "--output_dir", str(tmp_path / "second"), "--train_text", "false"])
+    trainable = AutoModelForImageTextToText.from_pretrained(tmp_path / "second").config.trainable
+    assert trainable == {"vision": False, "connector": True, "text": False}
+    with pytest.raises(ValueError, match="composed already: leave out --connector, --image_size"):
+        main([*again, "--output_dir", str(tmp_path / "third"), "--connector", "pool", "--image_size", "64"])
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
