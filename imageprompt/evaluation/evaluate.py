@@ -15,13 +15,14 @@ import datasets
 import timm
 import torch
 import transformers
+from pycocoevalcap.cider.cider import Cider
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, set_seed
 
 from .. import __version__
 from ..data.reading import read_split
 from ..generating import generate_texts
-from .captions import caption_scores
+from .captions import caption_scores, tokenize_caption
 from .pictures import save_grid
 
 
@@ -53,11 +54,13 @@ def best_constant(
     candidates: Sequence[str], references: dict[int, list[str]], progress: bool = True
 ) -> tuple[str, dict[str, float]]:
     """The candidate with the highest CIDEr when it stands for every image, and its scores."""
-    scored = []
-    for caption in tqdm(candidates, desc="constant captions", disable=not progress):
-        scored.append((caption_scores(dict.fromkeys(references, caption), references), caption))
-    scores, caption = max(scored, key=lambda entry: entry[0]["CIDEr"])
-    return caption, scores
+    tokenized = {image: [tokenize_caption(text) for text in texts] for image, texts in references.items()}
+
+    def cider(caption: str) -> float:
+        return Cider().compute_score(tokenized, {image: [tokenize_caption(caption)] for image in tokenized})[0]
+
+    best = max(tqdm(candidates, desc="constant captions", disable=not progress), key=cider)
+    return best, caption_scores(dict.fromkeys(references, best), references)
 
 
 def _weights_digest(model_folder: str) -> str | None:
