@@ -196,10 +196,11 @@ def probe_features(architecture: str, model_args: dict[str, Any] | None, input_s
     Raises:
         ValueError: if the backbone does not take this input, or answers with anything but one feature map.
     """
-    images = torch.empty(1, *input_size, device="meta")
     maps = []
     try:
-        with torch.device("meta"):
+        # Gradients tell which parameters the features depend on, whatever mode the caller is in.
+        with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
+            images = torch.empty(1, *input_size)
             model = timm.create_model(architecture, pretrained=False, num_classes=0, **(model_args or {})).eval()
             features = model.forward_features(images)
             if isinstance(features, Tensor) and features.ndim == 3:

@@ -50,7 +50,6 @@ def test_a_generation_parameter_is_refused_with_its_place(name):
         {"num_image_tokens": True},
         {"connector": None},
         {"trainable": {"vision": "no"}},
-        {"fusion": "sum"},
         {"feature_layout": "CHW"},
     ],
 )

@@ -215,7 +215,7 @@ def other_language_model(model_type):
         (lambda inputs: inputs.update(pixel_values=torch.zeros(2, 3, 64, 64)), "4 placeholders for 8"),
         (
             lambda inputs: inputs.update(input_ids=inputs["input_ids"][:, 1:], attention_mask=None),
-            "3 placeholders for 4",
+            "part of an image: each takes 4 placeholders",
         ),
         (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 3, 32, 32)), r"\(images, 3, 64, 64\)"),
         (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 1, 64, 64)), r"\(images, 3, 64, 64\)"),

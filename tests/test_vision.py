@@ -116,7 +116,7 @@ def test_pain_16_the_tower_keeps_timms_own_initialisation(layout):
     ["resnet18.a1_in1k", "timm/resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k", "resnet18", "timm/resnet18"],
 )
 def test_names_in_timms_registry_need_no_network(name, monkeypatch):
-    monkeypatch.setattr("imageprompt.vision.load_model_config_from_hf", lambda *_: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("timm.models.load_model_config_from_hf", lambda *_: pytest.fail("asked the Hub"))
     backbone = resolve_backbone(name)
     assert backbone.architecture == "resnet18"
     assert (backbone.pretrained_cfg["crop_pct"], backbone.pretrained_cfg["input_size"]) == (0.95, [3, 224, 224])
@@ -128,16 +128,14 @@ def test_a_hub_id_without_a_timm_model_is_refused_with_close_names(error, monkey
     def fail(_):
         raise error
 
-    monkeypatch.setattr("imageprompt.vision.load_model_config_from_hf", fail)
+    monkeypatch.setattr("timm.models.load_model_config_from_hf", fail)
     with pytest.raises(ValueError, match=r"knows no model 'timm/resnet19\.a1_in1k'\. Close: resnet18"):
         resolve_backbone("timm/resnet19.a1_in1k")
 
 
 def test_a_model_on_the_hub_is_read_through_its_configuration(monkeypatch):
     cfg = {"input_size": (3, 96, 96), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    monkeypatch.setattr(
-        "imageprompt.vision.load_model_config_from_hf", lambda _: (cfg, "resnet10t", {"stem_width": 16})
-    )
+    monkeypatch.setattr("timm.models.load_model_config_from_hf", lambda _: (cfg, "resnet10t", {"stem_width": 16}))
     backbone = resolve_backbone("someone/my-resnet", model_args={"drop_path_rate": 0.1})
     assert (backbone.architecture, backbone.weights) == ("resnet10t", "hf-hub:someone/my-resnet")
     assert backbone.model_args == {"stem_width": 16, "drop_path_rate": 0.1}
@@ -206,5 +204,7 @@ def test_every_timm_name_resolves():
         ("mobilenetv3_small_050", {"conv_head.weight", "conv_head.bias"}),
     ],
 )
-def test_pain_07_parameters_behind_the_features_are_found(name, unused):
-    assert set(probe_features(name, None, [3, 224, 224]).unused_parameters) == unused
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_pain_07_parameters_behind_the_features_are_found(name, unused, mode):
+    with mode():
+        assert set(probe_features(name, None, [3, 224, 224]).unused_parameters) == unused
