@@ -148,11 +148,15 @@ def _refuse_foreign_training(preprocessing: dict[str, Any], trained: Backbone) -
 def _generation_config(
     model: PreTrainedModel, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationConfig:
-    """How the language model generates, with the tokenizer's ids where it names none, and never a placeholder."""
+    """How the language model generates, ending also at the EOS that is learnt here, and never with a placeholder."""
     generation_config = copy.deepcopy(language_model.generation_config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation_config, name) is None:
             setattr(generation_config, name, getattr(tokenizer, name))
+    ends = generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    if tokenizer.eos_token_id not in ends:
+        generation_config.eos_token_id = [*ends, tokenizer.eos_token_id]
     suppressed = [*(generation_config.suppress_tokens or []), *model.generation_config.suppress_tokens]
     generation_config.suppress_tokens = suppressed
     return generation_config

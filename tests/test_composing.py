@@ -301,6 +301,15 @@ def test_the_language_models_way_of_generating_is_kept(timm_folder, gpt2_folder,
     assert model.generation_config.suppress_tokens == [3, model.config.image_token_id]
 
 
+def test_generation_also_ends_where_the_tokenizer_learns_to_end(timm_folder, gpt2_folder, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "!"
+    model, processor = compose(timm_folder, gpt2_folder, tokenizer=other, num_image_tokens=4)
+    end = processor.tokenizer.eos_token_id
+    assert end == tokenizer.convert_tokens_to_ids("!")
+    assert model.generation_config.eos_token_id == [0, end]
+
+
 @pytest.mark.parametrize("name", ["vit_base_patch16_clip_224.openai", "timm/vit_base_patch32_clip_224.openai"])
 def test_pain_17_weights_trained_with_another_activation_are_refused(tokenizer, name):
     with pytest.raises(ValueError, match=r"trained with QuickGELU.*quickgelu"):
