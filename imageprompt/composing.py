@@ -138,7 +138,8 @@ def _refuse_foreign_training(preprocessing: dict[str, Any], trained: Backbone) -
                 f"The weights of {trained.architecture} were trained with {key} {trained.pretrained_cfg[key]}, not "
                 f"{preprocessing[key]}: leave it out of `preprocessing`, or compose with pretrained=False."
             )
-    if "quickgelu" in " ".join(trained.notes).lower() and "quickgelu" not in trained.architecture:
+    natively_quick = "quickgelu" in " ".join(trained.notes).lower()
+    if natively_quick and "quickgelu" not in trained.architecture and "act_layer" not in trained.model_args:
         raise ValueError(
             f"The weights {trained.weights!r} were trained with QuickGELU, which {trained.architecture} does not use: "
             f"choose timm's quickgelu variant of the name (see `timm.list_models('*quickgelu*')`)."
@@ -153,6 +154,11 @@ def _generation_config(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation_config, name) is None:
             setattr(generation_config, name, getattr(tokenizer, name))
+    # A total length does not count image tokens; and what only sampling uses may not be saved without it.
+    generation_config.max_length = generation_config.min_length = None
+    if not generation_config.do_sample:
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(generation_config, name, None)
     ends = generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     if tokenizer.eos_token_id not in ends:

@@ -165,16 +165,25 @@ class ImagePromptConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As the library's; keys that this version does not know are kept, with a warning, and do nothing.
+        """As the library's; keys that this version does not know do nothing, and a warning names them.
 
-        Other tools and later versions write such keys, and a checkpoint must still load.
+        Other tools and later versions write such keys, and a checkpoint must still load. They are kept, except those
+        that would pass for something of ours, or for generation settings, which a configuration may not save.
+
+        Raises:
+            ValueError: if this is the configuration of another kind of model.
         """
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"This checkpoint is a {config_dict['model_type']!r}, not an imageprompt model; `compose` makes one of it."
+            )
         foreign = {key: value for key, value in config_dict.items() if not cls._knows(key)}
         if foreign:
             logger.warning(f"This version of imageprompt makes no use of {', '.join(sorted(foreign))} in config.json.")
         loaded = super().from_dict({key: config_dict[key] for key in config_dict.keys() - foreign.keys()}, **kwargs)
         for key, value in foreign.items():
-            setattr(loaded[0] if isinstance(loaded, tuple) else loaded, key, value)
+            if not hasattr(cls, key) and (key.endswith("_token_id") or key not in GenerationConfig().to_dict()):
+                setattr(loaded[0] if isinstance(loaded, tuple) else loaded, key, value)
         return loaded
 
     @property
@@ -221,6 +230,8 @@ class ImagePromptConfig(PreTrainedConfig):
                 preprocessing={key: given[key] for key in PREPROCESSING_KEYS if key in given},
             )
             self.vision_config = vision = _vision_config(backbone)
+        if self.feature_grid is not None:
+            self.feature_grid = list(self.feature_grid)
         probed_names = ("feature_size", "feature_grid", "feature_layout", "num_prefix_tokens", "unused_parameters")
         if any(getattr(self, name) is None for name in probed_names):
             shape = probe_features(vision.architecture, vision.model_args, vision.pretrained_cfg["input_size"])
@@ -229,7 +240,6 @@ class ImagePromptConfig(PreTrainedConfig):
                 if getattr(self, name) not in (None, value):
                     raise ValueError(f"`{name}={getattr(self, name)}`, but {vision.architecture} has {value}.")
                 setattr(self, name, value)
-        self.feature_grid = list(self.feature_grid)
 
     def validate_parts(self):
         """Part of `@strict` validation: fusion, the trainable parts, the placeholder and the position budget."""

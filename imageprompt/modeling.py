@@ -7,6 +7,8 @@ no graph and stays in eval mode; and in training the head runs on supervised pos
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 
@@ -303,16 +305,13 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         """Zero, computed from one blank image, so that every image parameter takes part in the graph."""
         tower = self.vision_tower
         blank = torch.zeros(1, self.config.num_channels, *self.config.image_size, device=self.device, dtype=self.dtype)
-        modes = {module: module.training for module in tower.modules()}
         checkpoints = tower.supports_gradient_checkpointing and self.is_activation_checkpointing
-        tower.eval()  # a blank image must not enter the batch-norm statistics
         if checkpoints:  # recomputed later, in training mode, the tower would do something else
             tower.timm_model.set_grad_checkpointing(False)
-        zero = (self.get_image_features(blank, return_dict=True).pooler_output * 0).sum()
+        with _evaluating(tower):  # a blank image must not enter the batch-norm statistics
+            zero = (self.get_image_features(blank, return_dict=True).pooler_output * 0).sum()
         if checkpoints:
             tower.timm_model.set_grad_checkpointing(True)
-        for module, mode in modes.items():
-            module.training = mode
         return zero
 
 
@@ -420,10 +419,8 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         Returns:
             (rows,), the sum over each row's labelled tokens in nats, in fp32, without dropout; 0 for a row without any.
         """
-        was_training = self.training
-        self.eval()
-        hidden_states = self.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
-        self.train(was_training)
+        with _evaluating(self):
+            hidden_states = self.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
         logits, targets, rows = self._supervised(hidden_states, labels)
         log_likelihood = -F.cross_entropy(logits.float(), targets, reduction="none")
         return log_likelihood.new_zeros(labels.shape[0]).index_add_(0, rows, log_likelihood)
@@ -507,6 +504,18 @@ def _check_positions(config: ImagePromptConfig, length: int, new_tokens: int = 0
             f"model's {positions} positions. Shorten the text, pass fewer images, lower `max_new_tokens`, or compose "
             "the model with a smaller `num_image_tokens`."
         )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards every module is in the mode in which it was."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def _learns(module: nn.Module) -> bool:

@@ -109,7 +109,7 @@ def _backbone(
         raise ValueError(_unknown_name(architecture))
     try:
         data_config = resolve_data_config(preprocessing, pretrained_cfg=cfg)
-    except AssertionError as error:
+    except (AssertionError, TypeError) as error:
         raise ValueError(
             f"Impossible preprocessing {preprocessing}: `input_size` is (channels, height, width), and `mean` and "
             "`std` have one value per channel."
@@ -265,8 +265,8 @@ class VisionTower(TimmWrapperModel):
     @property
     def device(self) -> torch.device:
         """Where the tower runs. Offloaded weights wait on the meta device, but their hook knows better."""
-        hook = getattr(self, "_hf_hook", None)
-        return next(self.parameters()).device if hook is None else torch.device(hook.execution_device)
+        where = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
+        return next(self.parameters()).device if where is None else torch.device(where)
 
     def post_init(self):
         for tensor in (*self.parameters(), *self.buffers()):

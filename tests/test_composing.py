@@ -293,7 +293,11 @@ def test_the_language_models_way_of_generating_is_kept(timm_folder, gpt2_folder,
     original.generation_config.eos_token_id = [0, 7]
     original.generation_config.suppress_tokens = [3]
     original.save_pretrained(folder)
+    written = json.loads((folder / "generation_config.json").read_text())
+    written |= {"temperature": 0.6, "top_p": 0.9, "max_length": 8}  # as some published ones have them
+    (folder / "generation_config.json").write_text(json.dumps(written))
     model, processor = compose(timm_folder, folder, num_image_tokens=4)
+    model.save_pretrained(tmp_path / "saved")
     ids = processor(text="A photo of a dog", return_tensors="pt")
     expected = original.generate(**ids, max_new_tokens=12)
     assert torch.equal(model.generate(**ids, max_new_tokens=12), expected)

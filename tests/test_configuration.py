@@ -255,3 +255,23 @@ def test_pain_13_keys_of_others_are_kept_with_a_warning(tmp_path, caplog):
 def test_a_fusion_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"'cross_attention'.*'prefix'"):
         ImagePromptConfig.from_backbones("resnet10t", tiny_gpt2(), fusion="cross_attention")
+
+
+def test_pain_13_keys_that_would_pass_for_ours_are_dropped(tmp_path):
+    config = ImagePromptConfig.from_backbones("resnet10t", tiny_gpt2())
+    foreign = {"image_size": 7, "vocab_size": 5, "use_cache": False, "to_dict": 1, "max_length": 50, "num_beams": 4}
+    loaded = ImagePromptConfig.from_dict(config.to_dict() | foreign)
+    assert loaded.to_dict() == config.to_dict()
+    loaded.save_pretrained(tmp_path)
+
+
+def test_the_configuration_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="a 'gpt2' checkpoint"):
+        ImagePromptConfig.from_dict(tiny_gpt2().to_dict())
+
+
+def test_a_grid_may_be_a_tuple():
+    config = ImagePromptConfig.from_backbones("resnet10t", tiny_gpt2())
+    shape = {"feature_size": config.feature_size, "feature_grid": tuple(config.feature_grid)}
+    again = ImagePromptConfig(vision_config=config.vision_config, text_config=tiny_gpt2(), **shape)
+    assert again.feature_grid == config.feature_grid

@@ -284,8 +284,12 @@ def test_score_leaves_dropout_out_and_the_mode_as_it_was(tokenizer):
     model, processor = tiny(tokenizer, text_config=tiny_gpt2(resid_pdrop=0.5))
     inputs = batch(processor)
     expected = model.eval().score(**inputs)
-    assert torch.equal(model.train().score(**inputs), expected)
-    assert model.training
+    model.train().model.language_model.eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(model.score(**inputs), expected)
+    with pytest.raises(ValueError, match="pixel_values"):
+        model.score(**(inputs | {"pixel_values": torch.zeros(1, 3, 8, 8)}))
+    assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("frozen", [(), ("vision",)], ids=["all learn", "tower frozen"])
