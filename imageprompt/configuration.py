@@ -175,7 +175,7 @@ class ImagePromptConfig(PreTrainedConfig):
         """
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
-                f"This checkpoint is a {config_dict['model_type']!r}, not an imageprompt model; `compose` makes one of it."
+                f"This is a {config_dict['model_type']!r} checkpoint, not one of imageprompt; `compose` makes it one."
             )
         foreign = {key: value for key, value in config_dict.items() if not cls._knows(key)}
         if foreign:
