@@ -85,3 +85,15 @@ def picture(seed: int = 0, size: tuple[int, int] = (70, 90), mode: str = "RGB") 
 
 def max_difference(first: torch.Tensor, second: torch.Tensor) -> float:
     return (first.float() - second.float()).abs().max().item()
+
+
+def batch_inputs(processor, rows, **kwargs):
+    """Rows of (images, text) as one padded batch."""
+    images, texts = [images for images, _ in rows], [text for _, text in rows]
+    return processor(images=images, text=texts, padding=True, return_tensors="pt", **kwargs)
+
+
+def row_inputs(processor, row):
+    """A row of (images, text) alone, without padding."""
+    images, text = row
+    return processor(images=[images] if images else None, text=[text], return_tensors="pt")

@@ -5,7 +5,7 @@ The reference everywhere is the plainest loop there is: one row at a time, no ca
 
 import pytest
 import torch
-from conftest import BACKBONES, max_difference, picture, tiny, tiny_gpt2
+from conftest import BACKBONES, batch_inputs, max_difference, picture, row_inputs, tiny, tiny_gpt2
 from PIL import Image
 from transformers import (
     DynamicCache,
@@ -38,16 +38,6 @@ def lively(tokenizer, layout="NCHW", **settings):
 def pair(tokenizer):
     torch.manual_seed(0)
     return lively(tokenizer)
-
-
-def batch_inputs(processor, rows=ROWS, **kwargs):
-    images, texts = [images for images, _ in rows], [text for _, text in rows]
-    return processor(images=images, text=texts, padding=True, return_tensors="pt", **kwargs)
-
-
-def row_inputs(processor, row):
-    images, text = row
-    return processor(images=[images] if images else None, text=[text], return_tensors="pt")
 
 
 def count_tower_calls(model) -> list[int]:
@@ -92,7 +82,7 @@ def test_images_decide_the_words(tokenizer, layout):
 def test_pain_03_batched_rows_generate_what_they_generate_alone(tokenizer, layout, side):
     model, processor = lively(tokenizer, layout)
     expected = [reference_greedy(model, row_inputs(processor, row)) for row in ROWS]
-    assert new_tokens(model, batch_inputs(processor, padding_side=side)) == expected
+    assert new_tokens(model, batch_inputs(processor, ROWS, padding_side=side)) == expected
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -100,7 +90,7 @@ def test_pain_03_batched_rows_generate_what_they_generate_alone(tokenizer, layou
 def test_pain_21_beams_of_a_batch_equal_beams_of_its_rows(tokenizer, layout, side):
     model, processor = lively(tokenizer, layout)
     expected = [new_tokens(model, row_inputs(processor, row), num_beams=4)[0] for row in ROWS]
-    assert new_tokens(model, batch_inputs(processor, padding_side=side), num_beams=4) == expected
+    assert new_tokens(model, batch_inputs(processor, ROWS, padding_side=side), num_beams=4) == expected
 
 
 def test_one_row_without_padding_needs_no_mask(pair):
@@ -130,7 +120,7 @@ def test_pain_23_every_way_to_decode_gives_the_same_tokens(pair, settings):
 
 def test_beams_with_a_static_cache(pair):
     model, processor = pair
-    inputs = batch_inputs(processor)
+    inputs = batch_inputs(processor, ROWS)
     assert new_tokens(model, inputs, num_beams=4, cache_implementation="static") == new_tokens(
         model, inputs, num_beams=4
     )
@@ -138,7 +128,7 @@ def test_beams_with_a_static_cache(pair):
 
 def test_eager_attention_generates_the_same_tokens(tokenizer):
     model, processor = lively(tokenizer)
-    inputs = batch_inputs(processor)
+    inputs = batch_inputs(processor, ROWS)
     expected = new_tokens(model, inputs)
     model.set_attn_implementation({"text_config": "eager"})
     assert model.model.language_model.config._attn_implementation == "eager"
@@ -147,7 +137,7 @@ def test_eager_attention_generates_the_same_tokens(tokenizer):
 
 def test_embeddings_instead_of_ids_give_the_same_tokens(pair):
     model, processor = pair
-    inputs = batch_inputs(processor)
+    inputs = batch_inputs(processor, ROWS)
     expected = new_tokens(model, inputs, num_beams=2)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     for extra in ({}, {"input_ids": inputs["input_ids"]}):
@@ -164,8 +154,8 @@ def test_embeddings_instead_of_ids_give_the_same_tokens(pair):
 
 def test_right_padded_embeddings_are_aligned_too(pair):
     model, processor = pair
-    expected = new_tokens(model, batch_inputs(processor))
-    inputs = batch_inputs(processor, padding_side="right")
+    expected = new_tokens(model, batch_inputs(processor, ROWS))
+    inputs = batch_inputs(processor, ROWS, padding_side="right")
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
     output = model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=NEW_TOKENS)
     assert output.tolist() == expected
@@ -193,7 +183,7 @@ def test_a_conversation_continues_from_its_cache(pair):
 def test_pain_21_the_tower_runs_once_per_generate(tokenizer, settings):
     model, processor = lively(tokenizer)
     calls = count_tower_calls(model)
-    output = model.generate(**batch_inputs(processor), max_new_tokens=4, **settings)
+    output = model.generate(**batch_inputs(processor, ROWS), max_new_tokens=4, **settings)
     assert calls == [4]  # one call, with the four images
     assert len(output) == len(ROWS) * settings.get("num_return_sequences", 1)
 
@@ -202,12 +192,12 @@ def test_returned_sequences_stay_with_their_image(pair):
     model, processor = pair
     settings = {"num_beams": 4, "num_return_sequences": 2}
     expected = [ids for row in ROWS for ids in new_tokens(model, row_inputs(processor, row), **settings)]
-    assert new_tokens(model, batch_inputs(processor), **settings) == expected
+    assert new_tokens(model, batch_inputs(processor, ROWS), **settings) == expected
 
 
 def test_encoded_images_are_reused_and_left_as_they_are(pair):
     model, processor = pair
-    inputs = batch_inputs(processor)
+    inputs = batch_inputs(processor, ROWS)
     expected = new_tokens(model, inputs, num_beams=4)
     features = {"image": model.get_image_features(inputs.pop("pixel_values"), return_dict=True)}
     for _ in range(2):

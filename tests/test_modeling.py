@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKBONES, max_difference, picture, tiny, tiny_gpt2
+from conftest import BACKBONES, batch_inputs, max_difference, picture, row_inputs, tiny, tiny_gpt2
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2LMHeadModel
 
 from imageprompt import ImagePromptConfig, ImagePromptForConditionalGeneration, ImagePromptModel
@@ -13,16 +13,6 @@ ROWS = [  # images and text of each row
     ([], "What is it? It is the number"),
     ([picture(1), picture(2), picture(3)], "<image>Two<image> cats<image> on a red sofa."),
 ]
-
-
-def batch_inputs(processor, rows=ROWS, **kwargs):
-    images, texts = [images for images, _ in rows], [text for _, text in rows]
-    return processor(images=images, text=texts, padding=True, return_tensors="pt", **kwargs)
-
-
-def row_inputs(processor, row):
-    images, text = row
-    return processor(images=[images] if images else None, text=[text], return_tensors="pt")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +34,7 @@ def test_pain_03_padding_and_batch_mix_move_no_row(tokenizer, layout, side, atte
     )
     model.set_attn_implementation({"text_config": attention})
     model.train(training)
-    inputs = batch_inputs(processor, padding_side=side)
+    inputs = batch_inputs(processor, ROWS, padding_side=side)
     logits = model(**inputs).logits
     for row, content in enumerate(ROWS):
         alone = model(**row_inputs(processor, content)).logits[0]
@@ -62,7 +52,7 @@ def test_pain_06_rows_without_images_keep_their_place(pair):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_cached_steps_count_positions_from_the_mask(pair, side):
     model, processor = pair
-    inputs = batch_inputs(processor, padding_side=side)
+    inputs = batch_inputs(processor, ROWS, padding_side=side)
     cache = DynamicCache(config=model.config.text_config)
     model(**inputs, past_key_values=cache, use_cache=True)
     mask = F.pad(inputs["attention_mask"], (0, 1), value=1)
@@ -123,7 +113,7 @@ def test_image_tokens_are_the_connected_features_of_timm(tokenizer, layout):
 
 def test_embeddings_and_encoded_images_stand_in_for_ids_and_pixels(pair):
     model, processor = pair
-    inputs = batch_inputs(processor)
+    inputs = batch_inputs(processor, ROWS)
     expected = model(**inputs).logits
     mask, pixels = inputs["attention_mask"], inputs["pixel_values"]
     embeds = model.get_input_embeddings()(inputs["input_ids"])
@@ -150,7 +140,7 @@ def test_token_types_are_not_added_as_words(pair):
 
 def test_logits_to_keep(pair):
     model, processor = pair
-    inputs = batch_inputs(processor)
+    inputs = batch_inputs(processor, ROWS)
     everything = model(**inputs).logits
     assert max_difference(model(**inputs, logits_to_keep=2).logits, everything[:, -2:]) <= 1e-6
     chosen = torch.tensor([0, 3])
@@ -179,7 +169,7 @@ def test_pain_24_the_parts_are_where_tools_look(pair):
 def test_other_language_models_compose_or_are_refused(tokenizer, config):
     """Rotary, ALiBi and learned positions; what composes is invariant to padding and keeps its ties."""
     model, processor = tiny(tokenizer, text_config=other_language_model(config))
-    inputs = batch_inputs(processor)
+    inputs = batch_inputs(processor, ROWS)
     logits = model(**inputs).logits
     for row, content in enumerate(ROWS):
         assert max_difference(logits[row, -1], model(**row_inputs(processor, content)).logits[0, -1]) <= 1e-5

@@ -29,6 +29,13 @@ def read_split(source: str, split: str) -> Dataset:
     return splits[split]
 
 
+def require_columns(dataset: Dataset, *columns: str) -> None:
+    """Raise a ValueError that names the columns found, if one of `columns` is missing."""
+    for column in columns:
+        if column not in dataset.column_names:
+            raise ValueError(f"The data set has no column {column!r}; it has {', '.join(dataset.column_names)}.")
+
+
 def as_rows(
     dataset: Dataset,
     *,
@@ -53,9 +60,7 @@ def as_rows(
     Raises:
         ValueError: if a column is missing; the columns found are named.
     """
-    for column in (image_column, suffix_column, *([text_column] if text_column else [])):
-        if column not in dataset.column_names:
-            raise ValueError(f"The data set has no column {column!r}; it has {', '.join(dataset.column_names)}.")
+    require_columns(dataset, image_column, suffix_column, *([text_column] if text_column else []))
 
     def rows(batch: dict[str, list]) -> dict[str, list]:
         images = batch[image_column]

@@ -15,25 +15,9 @@ from pycocoevalcap.rouge.rouge import Rouge
 _PUNCTUATION = {"''", "'", "``", "`", '"', "(", ")", "[", "]", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 # Words that keep their full stop in coco-caption's tokenizer, as far as captions use them ("bat." is a battalion).
-_ABBREVIATIONS = {
-    "ave",
-    "bat",
-    "co",
-    "corp",
-    "dr",
-    "etc",
-    "ft",
-    "inc",
-    "jr",
-    "ltd",
-    "mr",
-    "mrs",
-    "ms",
-    "mt",
-    "rd",
-    "sr",
-}
-_ABBREVIATIONS |= {"st", "vs"}
+_ABBREVIATIONS = frozenset(
+    ("ave", "bat", "co", "corp", "dr", "etc", "ft", "inc", "jr", "ltd", "mr", "mrs", "ms", "mt", "rd", "sr", "st", "vs")
+)
 
 
 def tokenize_caption(caption: str) -> str:

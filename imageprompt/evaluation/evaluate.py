@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, set_seed
 
 from .. import __version__
-from ..data.reading import read_split
+from ..data.reading import read_split, require_columns
 from ..generating import generate_texts
 from .captions import caption_scores, tokenize_caption
 from .pictures import save_grid
@@ -74,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parser.parse_args_into_dataclasses(argv)
     set_seed(args.seed)
     split = read_split(args.dataset, args.split)
-    for column in (args.image_column, args.references_column):
-        if column not in split.column_names:
-            raise ValueError(f"{args.dataset} has no column {column!r}; it has {', '.join(split.column_names)}.")
+    require_columns(split, args.image_column, args.references_column)
     references = dict(enumerate(split[args.references_column]))
     model = AutoModelForImageTextToText.from_pretrained(args.model, device_map="auto")
     processor = AutoProcessor.from_pretrained(args.model)
