@@ -101,7 +101,7 @@ def compose(
     processor = ImagePromptProcessor(
         ImagePromptImageProcessor.from_pretrained_cfg(config.vision_config.pretrained_cfg),
         tokenizer,
-        num_image_tokens=config.num_image_tokens,
+        num_image_tokens=config.image_seq_length,
     )
     processor.check_model(model)
     return model, processor
@@ -199,7 +199,9 @@ def _load_language_model(model: ImagePromptForConditionalGeneration, language_mo
     expected = language_model(ids).logits
 
     language_model.resize_token_embeddings(model.config.vocab_size, mean_resizing=False)
-    model.model.language_model.load_state_dict(language_model.base_model.state_dict())
+    target = model.model.language_model
+    # Cross-attention is new and keeps its random weights.
+    target.load_state_dict(target.state_dict() | language_model.base_model.state_dict())
     model.lm_head.load_state_dict({"weight": language_model.get_output_embeddings().weight})
 
     difference = (model(ids).logits[..., :vocab_size] - expected).abs().max()

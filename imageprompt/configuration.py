@@ -11,18 +11,20 @@ import difflib
 from dataclasses import fields
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
 from transformers.utils import logging
 
-from .connectors import possible_counts, resolve_num_image_tokens
+from .connectors import build_connector, connector_class, resolve_num_image_tokens
 from .vision import PREPROCESSING_KEYS, Backbone, probe_features, registered_backbone, resolve_backbone
 
 logger = logging.get_logger(__name__)
 
 PARTS = ("vision", "connector", "text")
+FUSIONS = ("prefix", "cross_attention")
 
 # Labels with this value are not supervised: torch's cross-entropy ignores it.
 IGNORE_INDEX = -100
@@ -66,14 +68,23 @@ class ImagePromptConfig(PreTrainedConfig):
             (`input_size` as channels, height, width; `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`).
         text_config (`PreTrainedConfig` or `dict`): the language model's configuration, GPT-2 by default.
         connector (`str`): name in `imageprompt.connectors.CONNECTORS`.
-        fusion (`str`): `"prefix"`: image tokens are part of the language model's input sequence.
+        connector_args (`dict[str, int]`, *optional*): what the connector takes besides, such as `depth`.
+        fusion (`str`):
+            `"prefix"`: image tokens are part of the language model's input sequence. `"cross_attention"`: one
+            placeholder per image is, and GPT-2's own cross-attention reads the image tokens beside it.
         num_image_tokens (`int`, *optional*): tokens per image; by default what the connector makes of the grid.
         image_token_id (`int`, *optional*):
             Id of the placeholder token. By default one row is added to the vocabulary for it.
-        trainable (`dict[str, bool]`): which of `"vision"`, `"connector"` and `"text"` learn.
+        trainable (`dict[str, bool]`):
+            Which of `"vision"`, `"connector"` and `"text"` learn. Cross-attention layers belong to the connector.
+        dynamic_image_size (`bool`):
+            Take images of any size that the backbone takes (those of one call alike); they become as many tokens.
+        feature_layer (`int`, `list[int]` or `"pooled"`, *optional*):
+            Which features to read: of a block, of several blocks joined along the channels, or the backbone's own
+            summary of the image. By default the final feature map, or what the connector is made for.
         feature_size (`int`, *optional*): channels of the backbone's features; probed.
-        feature_grid (`list[int]`, *optional*): rows and columns of the backbone's last feature map; probed.
-        feature_layout (`str`, *optional*): `"NCHW"`, `"NHWC"` or `"NLC"`; probed.
+        feature_grid (`list[int]`, *optional*): rows and columns of the backbone's feature map; probed.
+        feature_layout (`str`, *optional*): `"NCHW"`, `"NHWC"`, `"NLC"` or `"NC"` (a summary); probed.
         num_prefix_tokens (`int`, *optional*): class and register tokens before an NLC grid; probed.
         unused_parameters (`list[str]`, *optional*):
             The backbone's parameters behind its features, such as pooling heads, which can never learn; probed.
@@ -96,13 +107,16 @@ class ImagePromptConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     connector: str = "mlp"
+    connector_args: dict[str, Any] | None = None
     fusion: str = "prefix"
     num_image_tokens: int | None = None
     image_token_id: int | None = None
     trainable: dict[str, bool] | None = None
+    dynamic_image_size: bool = False
+    feature_layer: int | list[int] | Literal["pooled"] | None = None
     feature_size: int | None = None
     feature_grid: list[int] | tuple[int, ...] | None = None
-    feature_layout: Literal["NCHW", "NHWC", "NLC"] | None = None
+    feature_layout: Literal["NCHW", "NHWC", "NLC", "NC"] | None = None
     num_prefix_tokens: int | None = None
     unused_parameters: list[str] | None = None
     tie_word_embeddings: bool | None = None
@@ -116,6 +130,8 @@ class ImagePromptConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
+        # The caller's stay as they are; the library writes into sub-configurations.
+        self.vision_config, self.text_config = copy.deepcopy(self.vision_config), copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)
         # Every class that one checkpoint serves; saving rewrites the entries to the copied files.
         self.auto_map = {
@@ -127,9 +143,10 @@ class ImagePromptConfig(PreTrainedConfig):
         self._complete_vision()
         if self.image_token_id is None:
             # A row of its own: no word of the language model may double as the placeholder.
-            self.text_config = copy.deepcopy(self.text_config)
             self.image_token_id = self.text_config.vocab_size
             self.text_config.vocab_size += 1
+        if hasattr(self.text_config, "add_cross_attention"):
+            self.text_config.add_cross_attention = self.fusion == "cross_attention"
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self.trainable = dict.fromkeys(PARTS, True) | (self.trainable or {})
@@ -187,6 +204,11 @@ class ImagePromptConfig(PreTrainedConfig):
         return loaded
 
     @property
+    def image_seq_length(self) -> int:
+        """Placeholders, and so positions of the language model, that an image takes."""
+        return self.num_image_tokens if self.fusion == "prefix" else 1
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels that the vision tower takes."""
         return tuple(self.vision_config.pretrained_cfg["input_size"][1:])
@@ -230,21 +252,34 @@ class ImagePromptConfig(PreTrainedConfig):
                 preprocessing={key: given[key] for key in PREPROCESSING_KEYS if key in given},
             )
             self.vision_config = vision = _vision_config(backbone)
+        if self.feature_layer is None:
+            self.feature_layer = connector_class(self.connector).feature_layer
         if self.feature_grid is not None:
             self.feature_grid = list(self.feature_grid)
         probed_names = ("feature_size", "feature_grid", "feature_layout", "num_prefix_tokens", "unused_parameters")
         if any(getattr(self, name) is None for name in probed_names):
-            shape = probe_features(vision.architecture, vision.model_args, vision.pretrained_cfg["input_size"])
+            input_size = vision.pretrained_cfg["input_size"]
+            shape = probe_features(vision.architecture, vision.model_args, input_size, self.feature_layer)
             probed = (shape.size, list(shape.grid), shape.layout, shape.num_prefix, shape.unused_parameters)
             for name, value in zip(probed_names, probed, strict=True):
                 if getattr(self, name) not in (None, value):
                     raise ValueError(f"`{name}={getattr(self, name)}`, but {vision.architecture} has {value}.")
                 setattr(self, name, value)
+            self.feature_layer = shape.layer
 
     def validate_parts(self):
-        """Part of `@strict` validation: fusion, the trainable parts, the placeholder and the position budget."""
-        if self.fusion != "prefix":
-            raise ValueError(f"`fusion={self.fusion!r}` is not there yet; this version knows 'prefix'.")
+        """Fusion, connector, the trainable parts, the placeholder and the position budget."""
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"Unknown `fusion={self.fusion!r}`; known: {', '.join(FUSIONS)}.")
+        if self.fusion == "cross_attention" and self.text_config.model_type != "gpt2":
+            raise ValueError(
+                f"`fusion='cross_attention'` needs GPT-2, which has cross-attention layers; "
+                f"{self.text_config.model_type} goes with 'prefix'."
+            )
+        if self.dynamic_image_size and not connector_class(self.connector).takes_any_grid:
+            raise ValueError(f"The tokens of {self.connector!r} follow the image's size: it cannot be dynamic.")
+        with torch.device("meta"):
+            build_connector(self)  # raises for arguments that do not go together
         if set(self.trainable) != set(PARTS):
             wrong = sorted(set(self.trainable) ^ set(PARTS))
             raise ValueError(f"`trainable` has the keys {', '.join(PARTS)}; unknown or missing: {', '.join(wrong)}.")
@@ -253,11 +288,13 @@ class ImagePromptConfig(PreTrainedConfig):
                 f"`image_token_id={self.image_token_id}` lies outside the vocabulary of {self.text_config.vocab_size}."
             )
         positions = getattr(self.text_config, "max_position_embeddings", None)
-        if positions is not None and self.num_image_tokens >= positions:
-            smaller = max(count for count in possible_counts(self.feature_grid) if count <= max(1, positions // 4))
+        if positions is not None and self.image_seq_length >= positions:
+            counts = connector_class(self.connector).possible_counts(self.feature_grid)
+            fitting = [count for count in counts if count <= max(1, positions // 4)]
+            example = f"a smaller `num_image_tokens`, for example {fitting[-1]}" if fitting else "another `connector`"
             raise ValueError(
-                f"An image takes {self.num_image_tokens} tokens, but the language model has only {positions} "
-                f"positions, text included. Pass a smaller `num_image_tokens`, for example {smaller}."
+                f"An image takes {self.image_seq_length} tokens, but the language model has only {positions} "
+                f"positions, text included. Pass {example}."
             )
 
 

@@ -1,21 +1,37 @@
-"""Connectors: from the backbone's feature map to the language model's input embeddings.
+"""Connectors: from the backbone's features to the language model's width.
 
 One registry, one contract: `connector(features)` takes (images, rows * columns, feature_size) and returns
-(images, num_image_tokens, text width). Every connector first averages the grid down to `num_image_tokens`, which
-changes nothing when the counts are equal; they differ in what follows.
+(images, num_image_tokens, text width).
 
-| name   | after averaging                        | tokens by default   | source                                |
-|--------|----------------------------------------|---------------------|---------------------------------------|
-| linear | one linear layer                       | the whole grid      | LLaVA (arXiv 2304.08485)              |
-| mlp    | linear, GELU, linear                   | the whole grid      | LLaVA-1.5 (arXiv 2310.03744)          |
-| pool   | layer norm, one linear layer           | one (global average)| global average pooling (arXiv 1312.4400) |
+| name                | what it does                                          | tokens by default     | source              |
+|---------------------|-------------------------------------------------------|-----------------------|---------------------|
+| linear              | one linear layer                                      | the whole grid        | LLaVA (2304.08485)  |
+| mlp                 | linear, GELU, linear                                  | the whole grid        | LLaVA-1.5 (2310.03744) |
+| pool                | layer norm, linear                                    | 1                     | global average pooling (1312.4400) |
+| attention_pool      | each token a learned average of the grid, linear      | 8                     | TokenLearner (2106.11297) |
+| pixel_shuffle       | each r x r square side by side in one token, linear   | a quarter of the grid | sub-pixel convolution backwards (1609.05158), as in Idefics3 (2408.12637) |
+| resampler           | learned queries attend to the grid in several layers  | 64                    | Perceiver resampler of Flamingo (2204.14198) |
+| clipcap_mlp         | the image's summary through linear, tanh, linear      | 10                    | ClipCap (2111.09734) |
+| clipcap_transformer | the image's summary and constants through 8 layers    | 10                    | ClipCap (2111.09734) |
+
+linear, mlp and pool first average the grid down to `num_image_tokens`, which changes nothing when the counts are equal.
+The numbers are those of the papers on arxiv.org. Learned vectors are kept in `nn.Embedding`s, which the library
+initialises as it does every other layer.
 """
 
+import heapq
+import inspect
 import math
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Connectors with learned queries make any number of tokens; more than this is a slip of the pen.
+MAX_NUM_IMAGE_TOKENS = 65_536
 
 
 def resolve_num_image_tokens(connector: str, grid: list[int], requested: int | None) -> int:
@@ -27,39 +43,56 @@ def resolve_num_image_tokens(connector: str, grid: list[int], requested: int | N
         requested: what the user asks for, or `None` for the connector's default.
 
     Raises:
-        ValueError: if the connector is unknown, or the grid cannot be averaged to that count.
+        ValueError: if the connector is unknown, or cannot make that count of the grid; the nearest that it can are
+            named.
     """
-    if connector not in CONNECTORS:
-        raise ValueError(f"Unknown connector {connector!r}; known: {', '.join(CONNECTORS)}.")
-    count = CONNECTORS[connector].default_num_tokens(grid) if requested is None else requested
-    pooled_grid(grid, count)
+    kind = connector_class(connector)
+    counts = kind.possible_counts(grid)
+    count = kind.default_num_tokens(grid) if requested is None else requested
+    if count not in counts:
+        near = sorted(heapq.nsmallest(3, counts, key=lambda possible: abs(possible - count)))
+        raise ValueError(
+            f"With connector {connector!r} a {grid[0]}x{grid[1]} feature map cannot become num_image_tokens={count}; "
+            f"nearest possible: {', '.join(map(str, near))}."
+        )
     return count
 
 
-def pooled_grid(grid: list[int], count: int) -> tuple[int, int]:
-    """The (rows, columns) with rows * columns = count that keep closest to the shape of `grid`.
+def connector_class(name: str) -> type["Connector"]:
+    """The class behind a name, or ValueError with the known ones."""
+    if name not in CONNECTORS:
+        raise ValueError(f"Unknown connector {name!r}; known: {', '.join(CONNECTORS)}.")
+    return CONNECTORS[name]
+
+
+def build_connector(config) -> "Connector":
+    """The connector that `config.connector` and `config.connector_args` name, sized for `config`.
 
     Raises:
-        ValueError: if no such pair fits inside the grid; the nearest counts that do are named.
+        ValueError: for arguments that this connector does not take or cannot use.
     """
-    pairs = _pairs_inside(grid, count)
-    if not pairs:
-        near = sorted(sorted(possible_counts(grid), key=lambda n: abs(n - count))[:3])
+    kind = connector_class(config.connector)
+    known = [name for name, value in inspect.signature(kind).parameters.items() if value.kind == value.KEYWORD_ONLY]
+    arguments: dict[str, Any] = config.connector_args or {}
+    if unknown := sorted(arguments.keys() - set(known)):
         raise ValueError(
-            f"A {grid[0]}x{grid[1]} feature map cannot be averaged to num_image_tokens={count}; "
-            f"nearest possible: {', '.join(map(str, near))}."
+            f"{config.connector!r} takes no {', '.join(unknown)} in `connector_args`; it takes "
+            f"{', '.join(known) or 'none'}."
         )
+    for name, value in arguments.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`connector_args[{name!r}]` is a positive whole number, got {value!r}.")
+    return kind(config, **arguments)
+
+
+def pooled_grid(grid: list[int], count: int) -> tuple[int, int]:
+    """The (rows, columns) inside `grid` with rows * columns = count that keep closest to its shape."""
 
     def distortion(pair: tuple[int, int]) -> Fraction:  # exact, so that ties fall alike on every machine
         sides = pair[0] * grid[1], pair[1] * grid[0]
         return Fraction(max(sides), min(sides))
 
-    return min(pairs, key=distortion)
-
-
-def possible_counts(grid: list[int]) -> list[int]:
-    """Every number of tokens that a grid can be averaged to, ascending."""
-    return [count for count in range(1, math.prod(grid) + 1) if _pairs_inside(grid, count)]
+    return min(_pairs_inside(grid, count), key=distortion)
 
 
 def _pairs_inside(grid: list[int], count: int) -> list[tuple[int, int]]:
@@ -71,55 +104,92 @@ def _pairs_inside(grid: list[int], count: int) -> list[tuple[int, int]]:
 
 
 class Connector(nn.Module):
-    """Averages the grid to `num_image_tokens`, then calls `project`. Subclasses define `project`."""
+    """What all connectors share. Subclasses define `forward`, and the counts that they can make.
+
+    Keyword-only arguments of a subclass are what `config.connector_args` may hold.
+    """
+
+    # Which of the backbone's features to read when the configuration does not say; see `vision.read_features`.
+    feature_layer: str | None = None
+    # Whether images of another size than the configuration's still become `num_image_tokens`.
+    takes_any_grid = True
 
     def __init__(self, config):
         super().__init__()
+        self.num_tokens = config.num_image_tokens
         self.grid = tuple(config.feature_grid)
-        self.pooled_grid = pooled_grid(config.feature_grid, config.num_image_tokens)
+        self.feature_size = config.feature_size
+        self.width = config.text_config.hidden_size
+
+    @staticmethod
+    def possible_counts(grid: list[int]) -> Sequence[int]:
+        """Every number of tokens that can be made of a grid, ascending; by default any."""
+        return range(1, MAX_NUM_IMAGE_TOKENS + 1)
 
     @staticmethod
     def default_num_tokens(grid: list[int]) -> int:
         """Tokens per image when the user names no count."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """(images, rows * columns, feature_size) to (images, num_image_tokens, text width).
+
+        `grid` is (rows, columns) of these features, by default the configuration's.
+        """
+        raise NotImplementedError
+
+
+class AveragingConnector(Connector):
+    """Averages the grid to `num_image_tokens`, then calls `project`, which subclasses define."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pooled_grid = pooled_grid(config.feature_grid, self.num_tokens)
+
+    @staticmethod
+    def possible_counts(grid: list[int]) -> Sequence[int]:
+        return [count for count in range(1, math.prod(grid) + 1) if _pairs_inside(grid, count)]
+
+    @staticmethod
+    def default_num_tokens(grid: list[int]) -> int:
         return math.prod(grid)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(images, rows * columns, feature_size) to (images, num_image_tokens, text width)."""
-        if self.pooled_grid != self.grid:
-            maps = features.transpose(1, 2).unflatten(2, self.grid)
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        grid = grid or self.grid
+        if self.pooled_grid != grid:
+            maps = features.transpose(1, 2).unflatten(2, grid)
             features = F.adaptive_avg_pool2d(maps, self.pooled_grid).flatten(2).transpose(1, 2)
         return self.project(features)
 
     def project(self, features: Tensor) -> Tensor:
         """(images, num_image_tokens, feature_size) to (images, num_image_tokens, text width)."""
-        raise NotImplementedError(f"{type(self).__name__} defines no projection.")
+        raise NotImplementedError
 
 
-class LinearConnector(Connector):
+class LinearConnector(AveragingConnector):
     """One linear layer for every token, as in LLaVA (arXiv 2304.08485)."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.linear = nn.Linear(config.feature_size, config.text_config.hidden_size)
+        self.linear = nn.Linear(self.feature_size, self.width)
 
     def project(self, features: Tensor) -> Tensor:
         return self.linear(features)
 
 
-class MLPConnector(Connector):
+class MLPConnector(AveragingConnector):
     """Two linear layers with a GELU between, as in LLaVA-1.5 (arXiv 2310.03744)."""
 
     def __init__(self, config):
         super().__init__(config)
-        width = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.feature_size, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = nn.Linear(self.feature_size, self.width)
+        self.linear_2 = nn.Linear(self.width, self.width)
 
     def project(self, features: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1(features)))
 
 
-class PoolConnector(Connector):
+class PoolConnector(AveragingConnector):
     """Few averaged tokens, normalised, then one linear layer: the cheapest prefix.
 
     The mean of many positive activations shrinks with the backbone's sparsity; the norm removes that scale.
@@ -127,8 +197,8 @@ class PoolConnector(Connector):
 
     def __init__(self, config):
         super().__init__(config)
-        self.norm = nn.LayerNorm(config.feature_size)
-        self.linear = nn.Linear(config.feature_size, config.text_config.hidden_size)
+        self.norm = nn.LayerNorm(self.feature_size)
+        self.linear = nn.Linear(self.feature_size, self.width)
 
     @staticmethod
     def default_num_tokens(grid: list[int]) -> int:
@@ -138,13 +208,188 @@ class PoolConnector(Connector):
         return self.linear(self.norm(features))
 
 
+class AttentionPoolConnector(Connector):
+    """Each token is an average of the grid with weights of its own, learned from the features.
+
+    A linear layer scores every place of the grid for every token, a softmax over the grid turns the scores into
+    weights: TokenLearner (arXiv 2106.11297) with a single layer of scores. Then one linear layer.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = nn.LayerNorm(self.feature_size)
+        self.scores = nn.Linear(self.feature_size, self.num_tokens)
+        self.linear = nn.Linear(self.feature_size, self.width)
+
+    @staticmethod
+    def default_num_tokens(grid: list[int]) -> int:
+        return 8
+
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        features = self.norm(features)
+        weights = self.scores(features).softmax(dim=1)
+        return self.linear(weights.transpose(1, 2) @ features)
+
+
+class PixelShuffleConnector(Connector):
+    """Puts each r x r square of the grid side by side into one token, then one linear layer; nothing is averaged.
+
+    The inverse of the pixel shuffle (arXiv 1609.05158), used for this purpose in Idefics3 (arXiv 2408.12637).
+    `num_image_tokens` says what r is; a grid that r does not divide is refused, not padded.
+    """
+
+    takes_any_grid = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.factor = math.isqrt(math.prod(self.grid) // self.num_tokens)
+        self.linear = nn.Linear(self.feature_size * self.factor**2, self.width)
+
+    @staticmethod
+    def possible_counts(grid: list[int]) -> Sequence[int]:
+        sides = [side for side in range(min(grid), 0, -1) if grid[0] % side == 0 == grid[1] % side]
+        return [math.prod(grid) // side**2 for side in sides]
+
+    @staticmethod
+    def default_num_tokens(grid: list[int]) -> int:
+        return max(1, math.prod(grid) // 4)
+
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        maps = features.transpose(1, 2).unflatten(2, self.grid)
+        return self.linear(F.pixel_unshuffle(maps, self.factor).flatten(2).transpose(1, 2))
+
+
+class ResamplerConnector(Connector):
+    """Learned queries read the grid by cross-attention: the Perceiver resampler of Flamingo (arXiv 2204.14198).
+
+    In each layer the queries attend to the features and to themselves, and pass a feed-forward layer. As in Flamingo
+    the grid gets no position embeddings: backbones carry positions in their features.
+
+    Args:
+        depth: layers; Idefics2 (arXiv 2405.02246) found 3 to be enough.
+        num_heads: attention heads, by default the language model's.
+    """
+
+    def __init__(self, config, *, depth: int = 3, num_heads: int | None = None):
+        super().__init__(config)
+        num_heads = num_heads or config.text_config.num_attention_heads
+        _check_heads(self.width, num_heads)
+        self.linear = nn.Linear(self.feature_size, self.width)
+        self.queries = nn.Embedding(self.num_tokens, self.width)
+        self.layers = nn.ModuleList(_ResamplerLayer(self.width, num_heads) for _ in range(depth))
+
+    @staticmethod
+    def default_num_tokens(grid: list[int]) -> int:
+        return 64
+
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        features = self.linear(features)
+        queries = self.queries.weight.expand(len(features), -1, -1)
+        for layer in self.layers:
+            queries = layer(queries, features)
+        return queries
+
+
+class _ResamplerLayer(nn.Module):
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.query_norm = nn.LayerNorm(width)
+        self.feature_norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, queries: Tensor, features: Tensor) -> Tensor:
+        asking = self.query_norm(queries)
+        seen = torch.cat([self.feature_norm(features), asking], dim=1)
+        queries = queries + self.attention(asking, seen, seen, need_weights=False)[0]
+        return queries + self.mlp(queries)
+
+
+class ClipCapMLPConnector(Connector):
+    """ClipCap's MLP mapper (arXiv 2111.09734): the image's summary to all tokens at once, with a tanh between.
+
+    Reads the backbone's own summary of the image (`feature_layer="pooled"`), as ClipCap reads CLIP's; of any other
+    features, their mean.
+    """
+
+    feature_layer = "pooled"
+
+    def __init__(self, config):
+        super().__init__(config)
+        outputs = self.num_tokens * self.width
+        self.linear_1 = nn.Linear(self.feature_size, outputs // 2)
+        self.linear_2 = nn.Linear(outputs // 2, outputs)
+
+    @staticmethod
+    def default_num_tokens(grid: list[int]) -> int:
+        return 10
+
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        hidden = torch.tanh(self.linear_1(features.mean(1)))
+        return self.linear_2(hidden).unflatten(1, (self.num_tokens, self.width))
+
+
+class ClipCapTransformerConnector(Connector):
+    """ClipCap's transformer mapper (arXiv 2111.09734): summary tokens and learned constants attend to each other.
+
+    The image's summary becomes `clip_length` tokens; the outputs at the constants are the image tokens.
+
+    Args:
+        clip_length: tokens made of the summary.
+        depth: layers.
+        num_heads: attention heads.
+    """
+
+    feature_layer = "pooled"
+
+    def __init__(self, config, *, clip_length: int = 10, depth: int = 8, num_heads: int = 8):
+        super().__init__(config)
+        _check_heads(self.width, num_heads)
+        self.clip_length = clip_length
+        self.linear = nn.Linear(self.feature_size, clip_length * self.width)
+        self.constants = nn.Embedding(self.num_tokens, self.width)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                self.width,
+                num_heads,
+                dim_feedforward=2 * self.width,
+                dropout=0.0,
+                activation="relu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(depth)
+        )
+
+    @staticmethod
+    def default_num_tokens(grid: list[int]) -> int:
+        return 10
+
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        summary = self.linear(features.mean(1)).unflatten(1, (self.clip_length, self.width))
+        tokens = torch.cat([summary, self.constants.weight.expand(len(features), -1, -1)], dim=1)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return tokens[:, self.clip_length :]
+
+
+def _check_heads(width: int, num_heads: int) -> None:
+    if width % num_heads:
+        raise ValueError(
+            f"{num_heads} attention heads do not divide the language model's width of {width}: pass "
+            "`connector_args={'num_heads': …}`."
+        )
+
+
 CONNECTORS: dict[str, type[Connector]] = {
     "linear": LinearConnector,
     "mlp": MLPConnector,
     "pool": PoolConnector,
+    "attention_pool": AttentionPoolConnector,
+    "pixel_shuffle": PixelShuffleConnector,
+    "resampler": ResamplerConnector,
+    "clipcap_mlp": ClipCapMLPConnector,
+    "clipcap_transformer": ClipCapTransformerConnector,
 }
-
-
-def build_connector(config) -> Connector:
-    """The connector that `config.connector` names, sized for `config`."""
-    return CONNECTORS[config.connector](config)

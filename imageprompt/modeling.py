@@ -1,16 +1,18 @@
 """The models: a timm vision tower, a connector and a causal language model behind the library's standard API.
 
-`ImagePromptModel` puts projected image features in the places of the placeholder tokens and runs the language model;
-`ImagePromptForConditionalGeneration` adds the head, the loss, `score` and `generate`. Three rules hold throughout:
+`ImagePromptModel` puts projected image features in the places of the placeholder tokens, or hands them to the
+language model's cross-attention, and runs the language model; `ImagePromptForConditionalGeneration` adds the head, the loss, `score` and `generate`. Three rules hold throughout:
 positions are counted from the attention mask, so padding never moves a row's result; a part that does not learn keeps
 no graph and stays in eval mode; and in training the head runs on supervised positions only.
 """
 
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,14 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 
 from .configuration import IGNORE_INDEX, PARTS, ImagePromptConfig
 from .connectors import build_connector
-from .vision import VisionTower, flatten_features
+from .fusion import (
+    ImageCache,
+    attention_to_images,
+    cross_attention_parts,
+    group_by_row,
+    skip_positions_without_images,
+)
+from .vision import FeatureShape, VisionTower, flatten_features, probe_features
 
 logger = logging.get_logger(__name__)
 
@@ -92,11 +101,19 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @property
-    def _parts(self) -> dict[str, list[nn.Module]]:
-        """The modules of each trainable part; a head that is not tied belongs to the text."""
+    def _parts(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters of each part. Cross-attention is new as the connector is; an untied head belongs to the text."""
         base = self.base_model
-        text = [base.language_model] + ([self.lm_head] if hasattr(self, "lm_head") else [])
-        return dict(zip(PARTS, ([base.vision_tower], [base.connector], text), strict=True))
+        connector = [base.connector]
+        if self.config.fusion == "cross_attention":
+            connector += cross_attention_parts(base.language_model)
+        parts = {
+            "vision": list(base.vision_tower.parameters()),
+            "connector": [parameter for module in connector for parameter in module.parameters()],
+        }
+        taken = {id(parameter) for part in parts.values() for parameter in part}
+        text = (parameter for parameter in self.parameters() if id(parameter) not in taken)
+        return parts | {"text": list(text)}
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -115,7 +132,7 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
         wanted = {part: learns for part, learns in wanted.items() if learns is not None}
         self.config.trainable = dict.fromkeys(PARTS, True) | self.config.trainable | wanted
         for part, learns in wanted.items():
-            for parameter in (parameter for module in self._parts[part] for parameter in module.parameters()):
+            for parameter in self._parts[part]:
                 # Quantised weights are integers and cannot learn.
                 parameter.requires_grad_(learns and parameter.is_floating_point())
         # What the features do not depend on gets no gradient, for which distributed training would wait.
@@ -151,6 +168,8 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         self.vision_tower = VisionTower._from_config(config.vision_config)
         self.connector = build_connector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.fusion == "cross_attention":
+            skip_positions_without_images(self.language_model)
         # ALiBi models and others that count for themselves take no positions.
         self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
         self.post_init()
@@ -175,25 +194,37 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             `pooler_output`: (images, num_image_tokens, text width), the image tokens.
 
         Raises:
-            ValueError: if the images do not have the size that the configuration states.
+            ValueError: if the images do not have the size that the configuration states, or, where it may change,
+                a size that the backbone takes.
         """
-        expected = (self.config.num_channels, *self.config.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"This model takes pixel_values of shape (images, {', '.join(map(str, expected))}), not "
-                f"{tuple(pixel_values.shape)}: use the processor that was saved with it."
-            )
+        grid, num_prefix_tokens = self._check_images(pixel_values)
         # Nothing in front of a frozen tower can learn through it, unless the pixels themselves ask for a gradient.
         keep_graph = torch.is_grad_enabled() and (_learns(self.vision_tower) or pixel_values.requires_grad)
         with torch.set_grad_enabled(keep_graph):
-            features = self.vision_tower(pixel_values, return_dict=True).last_hidden_state
-        features = flatten_features(features, self.config.feature_layout, self.config.num_prefix_tokens)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.connector(features))
+            outputs = self.vision_tower(pixel_values, feature_layer=self.config.feature_layer, return_dict=True)
+        features = flatten_features(outputs.last_hidden_state, self.config.feature_layout, num_prefix_tokens)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.connector(features, grid))
+
+    def _check_images(self, pixel_values: Tensor) -> tuple[tuple[int, int], int]:
+        """The grid of these images, and how many tokens come before it."""
+        config, size = self.config, tuple(pixel_values.shape[1:])
+        expected = (config.num_channels, *config.image_size)
+        if size == expected:
+            return tuple(config.feature_grid), config.num_prefix_tokens
+        if pixel_values.ndim != 4 or size[0] != expected[0] or not config.dynamic_image_size:
+            edges = "height, width" if config.dynamic_image_size else f"{expected[1]}, {expected[2]}"
+            raise ValueError(
+                f"This model takes pixel_values of shape (images, {expected[0]}, {edges}), not "
+                f"{tuple(pixel_values.shape)}: use the processor that was saved with it."
+            )
+        vision = config.vision_config
+        shape = _probed(vision.architecture, json.dumps(vision.model_args), size, json.dumps(config.feature_layer))
+        return shape.grid, shape.num_prefix
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor | None
     ) -> Tensor:
-        """Where the image tokens go: (rows, positions, 1), true at placeholders.
+        """Where images stand in the text: (rows, positions, 1), true at placeholders.
 
         Args:
             input_ids: (rows, positions), or `None`; then placeholders are recognised by their embedding.
@@ -203,20 +234,24 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         Raises:
             ValueError: if the placeholders do not match the features one to one.
         """
-        if input_ids is None:
-            token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
-        num_placeholders = mask.sum()
-        num_features = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
+        mask = self._placeholders(input_ids, inputs_embeds)
+        num_placeholders, expected = mask.sum(), 0
+        if image_features is not None:
+            num_images, num_tokens = image_features.shape[:2]
+            expected = num_images * num_tokens if self.config.fusion == "prefix" else num_images
         torch_compilable_check(
-            num_placeholders == num_features,
-            f"Image features and image tokens do not match: {num_placeholders} placeholders for {num_features} "
-            f"features ({self.config.num_image_tokens} per image). Pass input_ids and pixel_values from one call of "
-            "the processor that was saved with this model.",
+            num_placeholders == expected,
+            f"Image features and image tokens do not match: {num_placeholders} placeholders for {expected} that the "
+            f"images take ({self.config.image_seq_length} each). Pass input_ids and pixel_values from one call of the "
+            "processor that was saved with this model.",
         )
-        return mask.unsqueeze(-1).to(inputs_embeds.device)
+        return mask.unsqueeze(-1)
+
+    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        if input_ids is not None:
+            return (input_ids == self.config.image_token_id).to(inputs_embeds.device)
+        token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     @can_return_tuple
     def forward(
@@ -228,18 +263,23 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         **kwargs,
     ) -> ImagePromptModelOutput:
         """Run the language model over text and images.
 
         Args:
-            input_ids: (rows, positions), with `num_image_tokens` placeholders for each image.
+            input_ids: (rows, positions), with `config.image_seq_length` placeholders for each image.
             pixel_values: (images, channels, height, width), in the order of the placeholders, row by row.
             attention_mask: (rows, past + positions), 1 at tokens and 0 at padding, on either side.
             position_ids: (rows, positions); counted from `attention_mask` by default.
             past_key_values: cache of the positions before.
             inputs_embeds: (rows, positions, text width), instead of `input_ids`.
             mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`.
+            encoder_hidden_states: for cross-attention, the image tokens of each row, (rows, image tokens, text
+                width), instead of `pixel_values`.
+            encoder_attention_mask: (rows, image tokens), which of them a row has.
 
         Raises:
             ValueError: for contradicting inputs, or more positions than the language model has.
@@ -264,23 +304,33 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if image_outputs is None and pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+        image_tokens = None
+        if mm_encoder_outputs:
+            image_tokens = mm_encoder_outputs["image"].pooler_output
+        elif pixel_values is not None:
+            image_tokens = self.get_image_features(pixel_values, return_dict=True).pooler_output
             if input_ids is not None:
                 torch_compilable_check(
-                    (torch.eq(input_ids, self.config.image_token_id).sum(-1) % self.config.num_image_tokens == 0).all(),
-                    f"A row holds a part of an image: each takes {self.config.num_image_tokens} placeholders.",
+                    (torch.eq(input_ids, self.config.image_token_id).sum(-1) % self.config.image_seq_length == 0).all(),
+                    f"A row holds a part of an image: each takes {self.config.image_seq_length} placeholders.",
                 )
-        image_features = None
-        if image_outputs is not None:
-            image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif is_prefill:
-            self.get_placeholder_mask(input_ids, inputs_embeds, None)
-        if image_features is None and self._must_touch_image_parameters():
-            inputs_embeds = inputs_embeds + self._zero_from_image_parameters().to(inputs_embeds)
+        if image_tokens is not None:
+            image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+
+        if self.config.fusion == "prefix":
+            inputs_embeds = self._put_images_in_text(input_ids, inputs_embeds, image_tokens, is_prefill)
+        else:
+            if kwargs.get("use_cache", self.config.use_cache) or past_key_values is not None:
+                past_key_values = ImageCache.of(past_key_values, self.config.text_config)
+            kwargs |= self._put_images_beside_text(
+                input_ids,
+                inputs_embeds,
+                image_tokens,
+                is_prefill,
+                past_key_values,
+                encoder_hidden_states,
+                encoder_attention_mask,
+            )
 
         if self._takes_positions:
             if position_ids is None and mask_is_2d:
@@ -294,25 +344,87 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
+            image_hidden_states=image_tokens,
         )
+
+    def _put_images_in_text(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, image_tokens: Tensor | None, is_prefill: bool
+    ) -> Tensor:
+        """Prefix fusion: image tokens in the places of the placeholders."""
+        if image_tokens is not None:
+            placeholders = self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
+            return inputs_embeds.masked_scatter(placeholders, image_tokens)
+        if is_prefill:
+            self.get_placeholder_mask(input_ids, inputs_embeds, None)
+        if self._must_touch_image_parameters():
+            return inputs_embeds + (self._blank_image_tokens() * 0).sum().to(inputs_embeds)
+        return inputs_embeds
+
+    def _put_images_beside_text(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        image_tokens: Tensor | None,
+        is_prefill: bool,
+        cache: ImageCache | None,
+        encoder_hidden_states: Tensor | None,
+        encoder_attention_mask: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Cross-attention fusion: the image tokens of each row, and which of them each position reads."""
+        placeholders = None
+        if image_tokens is not None or is_prefill:
+            placeholders = self._placeholders(input_ids, inputs_embeds)
+        if cache is not None and cache.image_mask is not None:
+            if image_tokens is not None:
+                raise ValueError("The cache already holds images, and cross-attention takes no more: start without it.")
+            states, mask = inputs_embeds, cache.image_mask  # not read: their keys and values are in the cache
+        elif image_tokens is not None:
+            self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
+            states, mask = group_by_row(placeholders, image_tokens)
+        elif encoder_hidden_states is not None:
+            states = encoder_hidden_states.to(inputs_embeds.dtype)
+            mask = torch.ones(states.shape[:2]) if encoder_attention_mask is None else encoder_attention_mask
+            mask = mask.to(states.device, torch.bool)
+        elif self._must_touch_image_parameters():
+            states = self._blank_image_tokens().to(inputs_embeds).expand(len(inputs_embeds), -1, -1)
+            mask = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+        else:
+            if is_prefill:
+                self.get_placeholder_mask(input_ids, inputs_embeds, None)
+            return {}
+
+        passed = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+        if placeholders is not None:
+            passed = placeholders.cumsum(-1)
+        if cache is not None:
+            if cache.images_passed is not None:
+                passed = passed + cache.images_passed
+            cache.image_mask, cache.images_passed = mask, passed[:, -1:]
+        torch_compilable_check(
+            (passed[:, -1] * self.config.num_image_tokens <= mask.sum(-1)).all(),
+            "Image features and image tokens do not match: a row has more placeholders than images.",
+        )
+        if self.language_model.config._attn_implementation not in ("eager", "sdpa"):
+            raise ValueError("Cross-attention runs with `attn_implementation` 'sdpa' or 'eager' only.")
+        scores = attention_to_images(mask, passed, self.config.num_image_tokens, inputs_embeds.dtype)
+        return {"encoder_hidden_states": states, "encoder_attention_mask": scores}
 
     def _must_touch_image_parameters(self) -> bool:
         """Whether a batch without images would leave other processes waiting for its weights or gradients."""
         return self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
 
-    def _zero_from_image_parameters(self) -> Tensor:
-        """Zero, computed from one blank image, so that every image parameter takes part in the graph."""
+    def _blank_image_tokens(self) -> Tensor:
+        """The tokens of one blank image, (1, num_image_tokens, text width): every image parameter in one graph."""
         tower = self.vision_tower
         blank = torch.zeros(1, self.config.num_channels, *self.config.image_size, device=self.device, dtype=self.dtype)
         checkpoints = tower.supports_gradient_checkpointing and self.is_activation_checkpointing
         if checkpoints:  # recomputed later, in training mode, the tower would do something else
             tower.timm_model.set_grad_checkpointing(False)
         with _evaluating(tower):  # a blank image must not enter the batch-norm statistics
-            zero = (self.get_image_features(blank, return_dict=True).pooler_output * 0).sum()
+            image_tokens = self.get_image_features(blank, return_dict=True).pooler_output
         if checkpoints:
             tower.timm_model.set_grad_checkpointing(True)
-        return zero
+        return image_tokens
 
 
 class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, GenerationMixin):
@@ -352,6 +464,8 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         **kwargs,
     ) -> ImagePromptCausalLMOutput:
         """Next-token logits, and the loss when `labels` are given.
@@ -375,6 +489,8 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
             return_dict=True,
             **kwargs,
         )
@@ -448,7 +564,26 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         if kwargs.get("mm_encoder_outputs"):
             # The library repeats these in place for beams; the caller may want them again.
             kwargs["mm_encoder_outputs"] = {name: copy(output) for name, output in kwargs["mm_encoder_outputs"].items()}
+        if self.config.fusion == "cross_attention":
+            kwargs |= self._images_of_rows(kwargs)
         return super().generate(None, generation_config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _images_of_rows(self, inputs: dict) -> dict:
+        """The inputs of `generate` with images encoded row by row, which the library repeats for beams as any input."""
+        encoded = inputs.pop("mm_encoder_outputs", None) or {}
+        pixel_values = inputs.pop("pixel_values", None)
+        if pixel_values is None and "image" not in encoded:
+            return {}
+        input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if inputs_embeds is None:
+            raise ValueError("Image features and image tokens do not match: there are images but no prompt.")
+        image = encoded.get("image") or self.get_image_features(pixel_values, return_dict=True)
+        placeholders = self.model.get_placeholder_mask(input_ids, inputs_embeds, image.pooler_output).squeeze(-1)
+        states, mask = group_by_row(placeholders, image.pooler_output)
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def _count_new_tokens(self, padded_length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
         """How many tokens `generate` may add, by the library's order of precedence; at least one."""
@@ -471,6 +606,12 @@ def _pad_left(inputs: dict) -> dict:
     rows = torch.arange(len(order), device=order.device)[:, None]
     names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
     return {name: inputs[name][rows, order] for name in names if inputs.get(name) is not None}
+
+
+@lru_cache(maxsize=64)
+def _probed(architecture: str, model_args: str, input_size: tuple[int, ...], feature_layer: str) -> FeatureShape:
+    """`probe_features` for an image size that comes up again and again; dicts and lists as JSON, to be hashable."""
+    return probe_features(architecture, json.loads(model_args), input_size, json.loads(feature_layer))
 
 
 def positions_from_mask(attention_mask: Tensor, length: int) -> Tensor:
@@ -500,7 +641,7 @@ def _check_positions(config: ImagePromptConfig, length: int, new_tokens: int = 0
     if positions is not None and length + new_tokens > positions:
         new = f" and {new_tokens} new ones" if new_tokens else ""
         raise ValueError(
-            f"{length} tokens in a row (images take {config.num_image_tokens} each){new} need more than the language "
+            f"{length} tokens in a row (images take {config.image_seq_length} each){new} need more than the language "
             f"model's {positions} positions. Shorten the text, pass fewer images, lower `max_new_tokens`, or compose "
             "the model with a smaller `num_image_tokens`."
         )

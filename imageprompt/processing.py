@@ -48,7 +48,7 @@ class ImagePromptProcessor(ProcessorMixin):
     Args:
         image_processor (`ImagePromptImageProcessor`): the backbone's preprocessing.
         tokenizer: the language model's tokenizer, with `image_token` among its special tokens; `compose` adds it.
-        num_image_tokens (`int`): placeholders per image, from the model's configuration.
+        num_image_tokens (`int`): placeholders per image, the configuration's `image_seq_length`.
         chat_template (`str`, *optional*): Jinja template; a plain "User: … Assistant: …" one by default.
     """
 
@@ -65,7 +65,7 @@ class ImagePromptProcessor(ProcessorMixin):
                 '`AutoTokenizer.from_pretrained(path, extra_special_tokens={"image_token": "<image>"})`.'
             )
         if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
-            raise ValueError(f"`num_image_tokens` is the model's `config.num_image_tokens`, got {num_image_tokens}.")
+            raise ValueError(f"`num_image_tokens` is the model's `config.image_seq_length`, got {num_image_tokens}.")
         self.num_image_tokens = num_image_tokens
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.image_token_id
@@ -141,9 +141,13 @@ class ImagePromptProcessor(ProcessorMixin):
         config = getattr(model, "config", model)
         expected = config.vision_config.pretrained_cfg
         pairs = {
-            "num_image_tokens": (self.num_image_tokens, config.num_image_tokens),
+            "num_image_tokens": (self.num_image_tokens, config.image_seq_length),
             "image_token_id": (self.image_token_id, config.image_token_id),
-            **{key: (value, expected[key]) for key, value in self.image_processor.pretrained_cfg.items()},
+            **{
+                key: (value, expected[key])
+                for key, value in self.image_processor.pretrained_cfg.items()
+                if not (config.dynamic_image_size and key == "input_size")
+            },
         }
         differences = [
             f"{key} {mine} here, {theirs} in the model" for key, (mine, theirs) in pairs.items() if mine != theirs

@@ -1,11 +1,13 @@
 """The vision side: which timm backbone a name means, what it emits, and the tower that runs it.
 
-timm models answer in three layouts. `flatten_features` turns each into the one contract that connectors build on:
-(images, rows * columns, width), row by row, without class or register tokens.
+timm models answer in many layouts. `read_features` runs any of them, for the features that `feature_layer` names, and
+`flatten_features` turns each layout into the one contract that connectors build on: (images, rows * columns, width),
+row by row, without class or register tokens.
 """
 
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +15,10 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import resolve_data_config
 from torch import Tensor
-from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel, TimmWrapperModelOutput
 
 # What `resolve_data_config` resolves: the whole of timm's evaluation preprocessing.
 PREPROCESSING_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -40,13 +43,15 @@ class Backbone:
 class FeatureShape:
     """What a backbone emits for one image: channels, layout, (rows, columns), and tokens before the grid.
 
-    `unused_parameters` are those that the features do not depend on, such as a pooling head's.
+    `layer` is the `feature_layer` that gives a feature map: the one asked for, unless the backbone's final features
+    are none. `unused_parameters` are those that the features do not depend on, such as a pooling head's.
     """
 
     size: int
     layout: str
     grid: tuple[int, int]
     num_prefix: int
+    layer: int | list[int] | str | None = None
     unused_parameters: list[str] = field(default_factory=list)
 
 
@@ -185,57 +190,138 @@ def _unknown_name(name: str) -> str:
     return f"timm {timm.__version__} knows no model {name!r}.{hint}"
 
 
-def probe_features(architecture: str, model_args: dict[str, Any] | None, input_size: list[int]) -> FeatureShape:
+def read_features(
+    timm_model: torch.nn.Module, images: Tensor, feature_layer: int | list[int] | str | None = None
+) -> Any:
+    """Run a timm model up to the features that are asked for.
+
+    Args:
+        timm_model: any model of timm.
+        images: (images, channels, height, width).
+        feature_layer: `None` for the backbone's final features; a block's index, or several, for their maps as the
+            blocks emit them (without the backbone's last norm), joined along the channels at the coarsest of their
+            grids; `"pooled"` for the backbone's own summary of the image, such as its class token.
+
+    Returns:
+        What timm gives for `None`; (images, channels, rows, columns) for blocks; (images, channels) for `"pooled"`.
+    """
+    if feature_layer is None:
+        return timm_model.forward_features(images)
+    if feature_layer == "pooled":
+        return timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)
+    layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    maps = timm_model.forward_intermediates(
+        images, indices=layers, stop_early=True, output_fmt="NCHW", intermediates_only=True
+    )
+    if len(maps) != len(layers):
+        raise ValueError(f"feature_layer={feature_layer} names {len(layers)} blocks, but these are {len(maps)}.")
+    grid = min(tuple(each.shape[2:]) for each in maps)
+    return torch.cat([each if each.shape[2:] == grid else F.adaptive_avg_pool2d(each, grid) for each in maps], 1)
+
+
+def probe_features(
+    architecture: str,
+    model_args: dict[str, Any] | None,
+    input_size: list[int] | tuple[int, ...],
+    feature_layer: int | list[int] | str | None = None,
+) -> FeatureShape:
     """Run a backbone on the meta device and report the shape of its features; no weights are made.
+
+    Some backbones end in several maps, or in class tokens alone; for them `layer` of the answer names the last
+    block, whose map is used instead.
 
     Args:
         architecture: timm name without tag.
         model_args: keywords for `timm.create_model`.
         input_size: (channels, height, width) in pixels.
+        feature_layer: see `read_features`.
 
     Raises:
-        ValueError: if the backbone does not take this input, or answers with anything but one feature map.
+        ValueError: if the backbone does not take this input, or has no feature map.
     """
-    maps = []
     try:
         # Gradients tell which parameters the features depend on, whatever mode the caller is in.
         with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
             images = torch.empty(1, *input_size)
             model = timm.create_model(architecture, pretrained=False, num_classes=0, **(model_args or {})).eval()
-            features = model.forward_features(images)
-            if isinstance(features, Tensor) and features.ndim == 3:
-                maps = model.forward_intermediates(images, indices=1, output_fmt="NCHW", intermediates_only=True)
-            unused = _unused_parameters(model, features)
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+            shape = _feature_shape(model, images, feature_layer)
+            if shape is None and feature_layer is None:
+                shape = _feature_shape(model, images, _last_layers(model))
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        layer = "" if feature_layer is None else f" with feature_layer={feature_layer!r}"
         raise ValueError(
-            f"{architecture} with model_args={model_args or {}} does not run on {tuple(input_size)} images: {error}"
+            f"{architecture} with model_args={model_args or {}} does not run on {tuple(input_size)} images{layer}: "
+            f"{error}"
         ) from error
-    if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-        kind = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"{architecture} answers with {kind}, not with one feature map: it cannot be a vision tower.")
+    if shape is None:
+        what = "no summary" if feature_layer == "pooled" else "no feature map"
+        raise ValueError(f"{architecture} gives {what} for {tuple(input_size)} images: it cannot be a vision tower.")
+    return shape
 
-    size = model.num_features
-    if maps:
-        # Not every model with a class token says so: what is more than its last map comes before the map.
+
+def _feature_shape(
+    model: torch.nn.Module, images: Tensor, feature_layer: int | list[int] | str | None
+) -> FeatureShape | None:
+    """The shape of these features, or `None` if they are not one map (or, for `"pooled"`, one vector)."""
+    features = read_features(model, images, feature_layer)
+    if not isinstance(features, Tensor) or features.ndim != 2 and feature_layer == "pooled":
+        return None
+    num_prefix = 0
+    if feature_layer == "pooled":
+        layout, size, grid = "NC", features.shape[1], (1, 1)
+    elif features.ndim == 3:
+        placed = _grid_of_tokens(model, images, features.shape[1])
+        if placed is None:
+            return None
+        layout, size = "NLC", features.shape[2]
+        grid, num_prefix = placed
+    elif feature_layer is None and (
+        getattr(model, "output_fmt", "NCHW") == "NHWC" or features.shape[1] != model.num_features
+    ):
+        layout, size, grid = "NHWC", features.shape[3], tuple(features.shape[1:3])
+    else:
+        layout, size, grid = "NCHW", features.shape[1], tuple(features.shape[2:])
+    return FeatureShape(size, layout, grid, num_prefix, feature_layer, _unused_parameters(model, features))
+
+
+def _grid_of_tokens(model: torch.nn.Module, images: Tensor, count: int) -> tuple[tuple[int, int], int] | None:
+    """(rows, columns) of a row of tokens, and how many come before them; `None` if they are no grid."""
+    try:
+        maps = model.forward_intermediates(images, indices=1, output_fmt="NCHW", intermediates_only=True)
         rows, columns = maps[-1].shape[2:]
-        num_prefix = features.shape[1] - rows * columns
-        if num_prefix < 0:
-            raise ValueError(
-                f"{architecture} keeps only {features.shape[1]} of the tokens of its {rows}x{columns} feature map: "
-                "it cannot be a vision tower."
-            )
-        return FeatureShape(size, "NLC", (rows, columns), num_prefix, unused)
-    if getattr(model, "output_fmt", "NCHW") == "NHWC" or features.shape[1] != size:
-        return FeatureShape(size, "NHWC", tuple(features.shape[1:3]), 0, unused)
-    return FeatureShape(size, "NCHW", tuple(features.shape[2:]), 0, unused)
+        # Not every model with a class token says so: what is more than its last map comes before the map.
+        if count >= rows * columns:
+            return (rows, columns), count - rows * columns
+    except RuntimeError:
+        pass  # gemma4_vit looks at values, which the meta device does not have
+    # Models that merge neighbouring tokens at the end keep the shape of the image.
+    height, width = images.shape[2:]
+    rows = round(math.sqrt(count * height / width))
+    columns = count // max(rows, 1)
+    is_grid = rows > 1 and columns > 1 and rows * columns == count and rows * width == columns * height
+    return ((rows, columns), 0) if is_grid else None
 
 
-def _unused_parameters(model: torch.nn.Module, features: Any) -> list[str]:
-    if not isinstance(features, Tensor):
-        return []
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-    return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+def _last_layers(model: torch.nn.Module) -> int | list[int]:
+    """Every map that the last block emits: one, or one of each branch."""
+    names = [info["module"] for info in model.feature_info]
+    layers = [index for index, name in enumerate(names) if name == names[-1]]
+    return layers if len(layers) > 1 else layers[0]
+
+
+def _unused_parameters(model: torch.nn.Module, features: Tensor) -> list[str]:
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(features.sum(), list(learning.values()), allow_unused=True)
+    used = {name for name, gradient in zip(learning, gradients, strict=True) if gradient is not None}
+    return [name for name, _ in model.named_parameters() if name not in used]
 
 
 def flatten_features(features: Tensor, layout: str, num_prefix_tokens: int) -> Tensor:
@@ -243,12 +329,14 @@ def flatten_features(features: Tensor, layout: str, num_prefix_tokens: int) -> T
 
     Args:
         features: (images, width, rows, columns) for "NCHW", (images, rows, columns, width) for "NHWC",
-            (images, prefix + rows * columns, width) for "NLC".
+            (images, prefix + rows * columns, width) for "NLC", (images, width) for "NC".
     """
     if layout == "NCHW":
         return features.flatten(2).transpose(1, 2)
     if layout == "NHWC":
         return features.flatten(1, 2)
+    if layout == "NC":
+        return features.unsqueeze(1)
     return features[:, num_prefix_tokens:]
 
 
@@ -267,6 +355,15 @@ class VisionTower(TimmWrapperModel):
         """Where the tower runs. Offloaded weights wait on the meta device, but their hook knows better."""
         where = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
         return next(self.parameters()).device if where is None else torch.device(where)
+
+    def forward(
+        self, pixel_values: Tensor, feature_layer: int | list[int] | str | None = None, **kwargs
+    ) -> TimmWrapperModelOutput:
+        """As the library's; `last_hidden_state` holds the features that `feature_layer` names, see `read_features`."""
+        if feature_layer is None:
+            return super().forward(pixel_values, **kwargs)
+        features = read_features(self.timm_model, pixel_values.to(self.device, self.dtype), feature_layer)
+        return TimmWrapperModelOutput(last_hidden_state=features)
 
     def post_init(self):
         for tensor in (*self.parameters(), *self.buffers()):

@@ -253,8 +253,8 @@ def test_pain_13_keys_of_others_are_kept_with_a_warning(tmp_path, caplog):
 
 
 def test_a_fusion_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"'cross_attention'.*'prefix'"):
-        ImagePromptConfig.from_backbones("resnet10t", tiny_gpt2(), fusion="cross_attention")
+    with pytest.raises(ValueError, match=r"Unknown `fusion='crossattention'`; known: prefix, cross_attention"):
+        ImagePromptConfig.from_backbones("resnet10t", tiny_gpt2(), fusion="crossattention")
 
 
 def test_pain_13_keys_that_would_pass_for_ours_are_dropped(tmp_path):

@@ -8,16 +8,23 @@ import torch
 import torch.nn.functional as F
 from conftest import max_difference
 
-from imageprompt.connectors import CONNECTORS, Connector, build_connector, pooled_grid, resolve_num_image_tokens
+from imageprompt.connectors import (
+    CONNECTORS,
+    AveragingConnector,
+    build_connector,
+    pooled_grid,
+    resolve_num_image_tokens,
+)
 
 FEATURES, WIDTH = 6, 8
 
 
-def build(connector: str, grid=(4, 6), num_image_tokens: int | None = None):
+def build(connector: str, grid=(4, 6), num_image_tokens: int | None = None, **connector_args):
     count = resolve_num_image_tokens(connector, list(grid), num_image_tokens)
-    text_config = SimpleNamespace(hidden_size=WIDTH)
+    text_config = SimpleNamespace(hidden_size=WIDTH, num_attention_heads=2)
     config = SimpleNamespace(
         connector=connector,
+        connector_args=connector_args,
         feature_grid=list(grid),
         feature_size=FEATURES,
         num_image_tokens=count,
@@ -38,7 +45,7 @@ def averaged_by_hand(features: torch.Tensor, grid, pooled) -> torch.Tensor:
     return torch.stack(cells, 1)
 
 
-class Bare(Connector):
+class Bare(AveragingConnector):
     """Only the averaging."""
 
     def project(self, features):
@@ -46,16 +53,30 @@ class Bare(Connector):
 
 
 def bare(grid, count: int) -> Bare:
-    return Bare(SimpleNamespace(feature_grid=list(grid), num_image_tokens=count))
+    text_config = SimpleNamespace(hidden_size=WIDTH)
+    sizes = {"feature_grid": list(grid), "feature_size": FEATURES, "num_image_tokens": count}
+    return Bare(SimpleNamespace(**sizes, text_config=text_config))
+
+
+DEFAULTS = {
+    "linear": 24,
+    "mlp": 24,
+    "pool": 1,
+    "attention_pool": 8,
+    "pixel_shuffle": 6,
+    "resampler": 64,
+    "clipcap_mlp": 10,
+    "clipcap_transformer": 10,
+}
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
-@pytest.mark.parametrize("count", [None, 1, 4, 24])
+@pytest.mark.parametrize("count", [None, 6, 24])
 def test_every_connector_keeps_the_contract(connector, count):
     module = build(connector, num_image_tokens=count)
     tokens = module(torch.randn(3, 24, FEATURES))
-    expected = {"pool": 1}.get(connector, 24) if count is None else count
-    assert tokens.shape == (3, expected, WIDTH)
+    assert tokens.shape == (3, DEFAULTS[connector] if count is None else count, WIDTH)
+    assert not torch.allclose(tokens[0], tokens[1])
 
 
 @pytest.mark.parametrize(("grid", "count", "pooled"), [((4, 6), 6, (2, 3)), ((7, 7), 16, (4, 4)), ((5, 3), 4, (2, 2))])
@@ -92,12 +113,124 @@ def test_pool_removes_the_scale_of_the_backbone():
     assert max_difference(module(features), expected) <= 1e-6
 
 
+def test_attention_pool_is_a_weighted_mean_over_the_grid():
+    module, features = build("attention_pool", num_image_tokens=3), torch.randn(2, 24, FEATURES)
+    normed = F.layer_norm(features, (FEATURES,)).double()
+    for token in range(3):
+        scores = normed @ module.scores.weight[token].double() + module.scores.bias[token].double()
+        weights = scores.exp() / scores.exp().sum(1, keepdim=True)
+        mean = (weights[..., None] * normed).sum(1)
+        expected = mean @ module.linear.weight.double().T + module.linear.bias.double()
+        assert max_difference(module(features)[:, token], expected) <= 1e-5
+
+
+def test_pixel_shuffle_puts_squares_side_by_side():
+    module, features = build("pixel_shuffle", grid=(4, 6)), torch.randn(2, 24, FEATURES)
+    maps = features.view(2, 4, 6, FEATURES)
+    squares = [
+        maps[:, row : row + 2, column : column + 2].permute(0, 3, 1, 2).flatten(1)
+        for row in (0, 2)
+        for column in (0, 2, 4)
+    ]
+    expected = torch.stack(squares, 1).double() @ module.linear.weight.double().T + module.linear.bias.double()
+    assert max_difference(module(features), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("grid", "counts"), [((4, 6), [6, 24]), ((7, 7), [1, 49]), ((12, 6), [2, 8, 18, 72])])
+def test_pixel_shuffle_refuses_what_its_squares_do_not_fill(grid, counts):
+    assert CONNECTORS["pixel_shuffle"].possible_counts(list(grid)) == counts
+    with pytest.raises(ValueError, match=rf"num_image_tokens=3; nearest possible: {counts[0]}, {counts[1]}"):
+        build("pixel_shuffle", grid=grid, num_image_tokens=3)
+
+
+def test_pixel_shuffle_has_no_default_for_an_odd_grid():
+    with pytest.raises(ValueError, match="7x7 feature map cannot become"):
+        build("pixel_shuffle", grid=(7, 7))
+    assert build("pixel_shuffle", grid=(7, 7), num_image_tokens=1).factor == 7
+
+
+def attention_by_hand(module: torch.nn.MultiheadAttention, query, key) -> torch.Tensor:
+    """Multi-head attention in float64, head by head."""
+    weights, biases = module.in_proj_weight.double().chunk(3), module.in_proj_bias.double().chunk(3)
+    q, k, v = (
+        (x.double() @ weight.T + bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        for x, weight, bias in zip((query, key, key), weights, biases, strict=True)
+    )
+    scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    mixed = (scores @ v).transpose(1, 2).flatten(2)
+    return mixed @ module.out_proj.weight.double().T + module.out_proj.bias.double()
+
+
+def test_resampler_is_flamingos():
+    """Figure 5 of arXiv 2204.14198: queries attend to features and queries, then a feed-forward layer, residually."""
+    module, features = build("resampler", num_image_tokens=3, depth=2).double(), torch.randn(2, 24, FEATURES).double()
+    x_f, x = module.linear(features), module.queries.weight.expand(2, -1, -1)
+    for layer in module.layers:
+        asking = F.layer_norm(x, (WIDTH,))
+        x = x + attention_by_hand(layer.attention, asking, torch.cat([F.layer_norm(x_f, (WIDTH,)), asking], 1))
+        _, first, _, second = layer.mlp
+        x = x + second(F.gelu(first(F.layer_norm(x, (WIDTH,)))))
+    assert max_difference(module(features), x) <= 1e-10
+
+
+def test_clipcap_mlp_is_two_layers_with_a_tanh():
+    module, summary = build("clipcap_mlp", grid=(1, 1), num_image_tokens=5), torch.randn(2, 1, FEATURES)
+    assert module.linear_1.out_features == 5 * WIDTH // 2
+    hidden = torch.tanh(summary[:, 0].double() @ module.linear_1.weight.double().T + module.linear_1.bias.double())
+    expected = hidden @ module.linear_2.weight.double().T + module.linear_2.bias.double()
+    assert max_difference(module(summary), expected.view(2, 5, WIDTH)) <= 1e-6
+
+
+def test_clipcap_transformer_reads_its_constants():
+    """Section 3.2 of arXiv 2111.09734, with the layer sizes of its published code: MLPs of twice the width, ReLU."""
+    module = build("clipcap_transformer", grid=(1, 1), num_image_tokens=5, clip_length=3, depth=2, num_heads=2)
+    module, summary = module.double().eval(), torch.randn(2, 1, FEATURES).double()
+    x = torch.cat([module.linear(summary[:, 0]).view(2, 3, WIDTH), module.constants.weight.expand(2, -1, -1)], 1)
+    for layer in module.layers:
+        normed = F.layer_norm(x, (WIDTH,))
+        x = x + attention_by_hand(layer.self_attn, normed, normed)
+        assert layer.linear1.out_features == 2 * WIDTH
+        x = x + layer.linear2(F.relu(layer.linear1(F.layer_norm(x, (WIDTH,)))))
+    assert max_difference(module(summary), x[:, 3:]) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("connector", "arguments", "message"),
+    [
+        ("mlp", {"depth": 2}, "'mlp' takes no depth in `connector_args`; it takes none"),
+        ("resampler", {"dept": 2}, "takes no dept in `connector_args`; it takes depth, num_heads"),
+        ("resampler", {"depth": 0}, r"`connector_args\['depth'\]` is a positive whole number, got 0"),
+        ("resampler", {"num_heads": 3}, "3 attention heads do not divide the language model's width of 8"),
+        ("clipcap_transformer", {"clip_length": 2.5}, "positive whole number, got 2.5"),
+        ("clipcap_transformer", {"num_heads": 16}, "16 attention heads do not divide"),
+    ],
+)
+def test_arguments_that_a_connector_cannot_use_are_refused(connector, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(connector, **arguments)
+
+
+LINEAR = (FEATURES + 1) * WIDTH
+ATTENTION = 4 * (WIDTH + 1) * WIDTH + 4 * WIDTH  # with the two norms around it
+
+
 @pytest.mark.parametrize(
     ("connector", "parameters"),
     [
-        ("linear", (FEATURES + 1) * WIDTH),
-        ("mlp", (FEATURES + 1) * WIDTH + (WIDTH + 1) * WIDTH),
-        ("pool", 2 * FEATURES + (FEATURES + 1) * WIDTH),
+        ("linear", LINEAR),
+        ("mlp", LINEAR + (WIDTH + 1) * WIDTH),
+        ("pool", 2 * FEATURES + LINEAR),
+        ("attention_pool", 2 * FEATURES + (FEATURES + 1) * 8 + LINEAR),
+        ("pixel_shuffle", (4 * FEATURES + 1) * WIDTH),
+        (
+            "resampler",
+            LINEAR + 64 * WIDTH + 3 * (ATTENTION + 2 * WIDTH + (WIDTH + 1) * 4 * WIDTH + (4 * WIDTH + 1) * WIDTH),
+        ),
+        ("clipcap_mlp", (FEATURES + 1) * 5 * WIDTH + (5 * WIDTH + 1) * 10 * WIDTH),
+        (
+            "clipcap_transformer",
+            10 * LINEAR + 10 * WIDTH + 8 * (ATTENTION + (WIDTH + 1) * 2 * WIDTH + (2 * WIDTH + 1) * WIDTH),
+        ),
     ],
 )
 def test_the_number_of_parameters(connector, parameters):
@@ -126,7 +259,15 @@ def test_the_pooled_grid_keeps_the_shape_of_the_map(grid, count, pooled):
 )
 def test_a_count_that_does_not_fit_is_refused_with_the_nearest(grid, count, nearest):
     with pytest.raises(ValueError, match=rf"num_image_tokens={count}; nearest possible: {nearest}\."):
-        pooled_grid(grid, count)
+        resolve_num_image_tokens("mlp", grid, count)
+
+
+@pytest.mark.parametrize("connector", ["attention_pool", "resampler", "clipcap_mlp", "clipcap_transformer"])
+@pytest.mark.parametrize(("count", "nearest"), [(0, "1, 2, 3"), (70_000, "65534, 65535, 65536")])
+def test_learned_tokens_may_be_any_number_within_reason(connector, count, nearest):
+    assert resolve_num_image_tokens(connector, [2, 2], 1023) == 1023
+    with pytest.raises(ValueError, match=rf"num_image_tokens={count}; nearest possible: {nearest}\."):
+        resolve_num_image_tokens(connector, [2, 2], count)
 
 
 def test_an_unknown_connector_is_refused():
@@ -136,6 +277,6 @@ def test_an_unknown_connector_is_refused():
 
 def test_gradients_reach_every_parameter():
     for connector in CONNECTORS:
-        module = build(connector, num_image_tokens=4)
+        module = build(connector, num_image_tokens=6)
         module(torch.randn(2, 24, FEATURES)).square().sum().backward()
         assert all(parameter.grad.abs().sum() > 0 for parameter in module.parameters()), connector

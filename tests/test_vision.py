@@ -10,7 +10,7 @@ from conftest import BACKBONES, max_difference
 from timm.models import save_for_hf
 from transformers import AutoConfig
 
-from imageprompt.vision import VisionTower, flatten_features, probe_features, resolve_backbone
+from imageprompt.vision import VisionTower, flatten_features, probe_features, read_features, resolve_backbone
 
 # (timm name, timm keywords, layout, rows and columns, prefix tokens): one small model of each kind.
 FAMILIES = [
@@ -81,12 +81,104 @@ def test_the_grid_of_an_image_that_is_no_square_keeps_rows_and_columns_apart(nam
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("crossvit_9_240", "answers with list"), ("coat_tiny", "answers with list"), ("pit_ti_224", "keeps only 1 of")],
+    ("name", "edge", "grid", "layer"),
+    [
+        ("crossvit_9_240", 240, (14, 14), [2, 5]),  # a list of two branches
+        ("coat_tiny", 224, (7, 7), [1, 2, 3]),  # a list of three scales
+        ("efficientvim_m1", 224, (4, 4), 2),  # a list of states and a map
+        ("pit_ti_224", 224, (7, 7), 2),  # class tokens alone
+    ],
 )
-def test_a_backbone_without_one_feature_map_is_refused(name, message):
-    with pytest.raises(ValueError, match=rf"{name} {message}.*cannot be a vision tower"):
-        probe_features(name, None, (3, 240, 240) if "cross" in name else (3, 224, 224))
+@torch.no_grad()
+def test_a_backbone_that_does_not_end_in_one_map_gives_its_last_blocks(name, edge, grid, layer):
+    shape = probe_features(name, None, (3, edge, edge))
+    assert (shape.layout, shape.grid, shape.layer) == ("NCHW", grid, layer)
+    model, images = timm.create_model(name, num_classes=0).eval(), torch.randn(1, 3, edge, edge)
+    maps = model.forward_intermediates(images, indices=layer if isinstance(layer, list) else [layer])[1]
+    features = read_features(model, images, shape.layer)
+    assert features.shape == (1, shape.size, *grid) and shape.size == sum(each.shape[1] for each in maps)
+    assert torch.equal(features[:, -maps[-1].shape[1] :], maps[-1])
+
+
+@pytest.mark.parametrize(("name", "grid"), [("qwen3_vit_88m_merge", (24, 24)), ("deepseek_vit_412m_align", (13, 13))])
+def test_merged_tokens_keep_the_shape_of_the_image(name, grid):
+    edge = resolve_backbone(name).pretrained_cfg["input_size"][1]
+    shape = probe_features(name, None, (3, edge, edge))
+    assert (shape.layout, shape.grid, shape.num_prefix) == ("NLC", grid, 0)
+
+
+@torch.no_grad()
+def test_merged_tokens_run_row_by_row():
+    """Only what an image's lower left corner holds may change the first token of the last row most."""
+    model_args = {"depth": 1, "img_size": 192}
+    shape = probe_features("qwen3_vit_88m_merge", model_args, (3, 192, 192))
+    model = timm.create_model("qwen3_vit_88m_merge", num_classes=0, **model_args).eval()
+    images = torch.zeros(1, 3, 192, 192)
+    changed = images.clone()
+    changed[..., -32:, :32] = 1
+    difference = (model.forward_features(changed) - model.forward_features(images)).norm(dim=-1)[0]
+    assert difference.argmax() == (shape.grid[0] - 1) * shape.grid[1]
+
+
+@pytest.mark.parametrize("layers", [-2, [1, -1], [2, 3, 4], 0], ids=str)
+@pytest.mark.parametrize("name", ["resnet10t", "swin_tiny_patch4_window7_224"])
+@torch.no_grad()
+def test_earlier_blocks_are_joined_at_the_coarsest_grid(name, layers):
+    model_args, size = ({}, 64) if name == "resnet10t" else ({"depths": (1, 1, 1, 1)}, 224)
+    if name.startswith("swin") and layers == [2, 3, 4]:
+        layers = [1, 2, 3]
+    shape = probe_features(name, model_args, (3, size, size), layers)
+    model, images = timm.create_model(name, num_classes=0, **model_args).eval(), torch.randn(2, 3, size, size)
+    features = read_features(model, images, layers)
+    assert features.shape == (2, shape.size, *shape.grid)
+    everything = model.forward_intermediates(images, indices=None, output_fmt="NCHW", intermediates_only=True)
+    chosen = sorted({layer % len(everything) for layer in ([layers] if isinstance(layers, int) else layers)})
+    maps = [everything[layer] for layer in chosen]
+    assert shape.grid == tuple(maps[-1].shape[2:])
+    start = 0
+    for each in maps:  # a coarse cell is the mean of the fine cells that it covers
+        factor = each.shape[2] // shape.grid[0]
+        expected = each.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).mean((3, 5))
+        assert max_difference(features[:, start : start + each.shape[1]], expected) <= 1e-5
+        start += each.shape[1]
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_vit", "mobilenetv3_small_050", "crossvit_9_240", "pit_ti_224"])
+@torch.no_grad()
+def test_the_pooled_features_are_what_timms_classifier_reads(name):
+    size = resolve_backbone(name).pretrained_cfg["input_size"]
+    shape = probe_features(name, None, size, "pooled")
+    model, images = timm.create_model(name).eval(), torch.randn(2, *size)
+    expected = model.forward_head(model.forward_features(images), pre_logits=True)
+    headless = timm.create_model(name, num_classes=0).eval()
+    headless.load_state_dict(model.state_dict(), strict=False)
+    pooled = read_features(headless, images, "pooled")
+    assert torch.equal(pooled, expected) and pooled.shape == (2, shape.size)
+    assert (shape.layout, shape.grid) == ("NC", (1, 1))
+
+
+def test_layers_that_are_not_read_count_as_unused():
+    early = probe_features("vit_tiny_patch16_224", None, (3, 224, 224), 3).unused_parameters
+    assert "blocks.4.attn.qkv.weight" in early and "norm.weight" in early and "blocks.3.attn.qkv.weight" not in early
+    assert probe_features("mobilenetv3_small_050", None, (3, 224, 224), "pooled").unused_parameters == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (44, r"with feature_layer=44: feature index 44 is out of range"),
+        ([11, -1], "names 2 blocks, but these are 1"),
+        ("last", "feature_layer='last'"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_refused(layer, message):
+    with pytest.raises(ValueError, match=message):
+        probe_features("vit_tiny_patch16_224", None, (3, 224, 224), layer)
+
+
+def test_a_backbone_that_pools_nothing_has_no_summary():
+    with pytest.raises(ValueError, match="gives no summary"):
+        probe_features("vit_tiny_patch16_224", {"global_pool": ""}, (3, 224, 224), "pooled")
 
 
 @pytest.mark.parametrize(
