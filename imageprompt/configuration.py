@@ -204,7 +204,7 @@ class ImagePromptConfig(PreTrainedConfig):
         return loaded
 
     @property
-    def image_seq_length(self) -> int:
+    def image_seq_length(self) -> int | None:
         """Placeholders, and so positions of the language model, that an image takes."""
         return self.num_image_tokens if self.fusion == "prefix" else 1
 

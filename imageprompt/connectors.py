@@ -3,20 +3,20 @@
 One registry, one contract: `connector(features)` takes (images, rows * columns, feature_size) and returns
 (images, num_image_tokens, text width).
 
-| name                | what it does                                          | tokens by default     | source              |
-|---------------------|-------------------------------------------------------|-----------------------|---------------------|
-| linear              | one linear layer                                      | the whole grid        | LLaVA (2304.08485)  |
-| mlp                 | linear, GELU, linear                                  | the whole grid        | LLaVA-1.5 (2310.03744) |
-| pool                | layer norm, linear                                    | 1                     | global average pooling (1312.4400) |
-| attention_pool      | each token a learned average of the grid, linear      | 8                     | TokenLearner (2106.11297) |
-| pixel_shuffle       | each r x r square side by side in one token, linear   | a quarter of the grid | sub-pixel convolution backwards (1609.05158), as in Idefics3 (2408.12637) |
-| resampler           | learned queries attend to the grid in several layers  | 64                    | Perceiver resampler of Flamingo (2204.14198) |
-| clipcap_mlp         | the image's summary through linear, tanh, linear      | 10                    | ClipCap (2111.09734) |
-| clipcap_transformer | the image's summary and constants through 8 layers    | 10                    | ClipCap (2111.09734) |
+| name                | what it does                                         | tokens by default     |
+|---------------------|------------------------------------------------------|-----------------------|
+| linear              | one linear layer                                     | the whole grid        |
+| mlp                 | linear, GELU, linear                                 | the whole grid        |
+| pool                | layer norm, linear                                   | 1                     |
+| attention_pool      | each token a learned average of the grid, linear     | 8                     |
+| pixel_shuffle       | each r x r square side by side in one token, linear  | a quarter of the grid |
+| resampler           | learned queries attend to the grid in several layers | 64                    |
+| clipcap_mlp         | the image's summary through linear, tanh, linear     | 10                    |
+| clipcap_transformer | the image's summary and constants through 8 layers   | 10                    |
 
 linear, mlp and pool first average the grid down to `num_image_tokens`, which changes nothing when the counts are equal.
-The numbers are those of the papers on arxiv.org. Learned vectors are kept in `nn.Embedding`s, which the library
-initialises as it does every other layer.
+Learned vectors are kept in `nn.Embedding`s, which the library initialises as it does every other layer. Each class
+names its source.
 """
 
 import heapq
@@ -192,7 +192,8 @@ class MLPConnector(AveragingConnector):
 class PoolConnector(AveragingConnector):
     """Few averaged tokens, normalised, then one linear layer: the cheapest prefix.
 
-    The mean of many positive activations shrinks with the backbone's sparsity; the norm removes that scale.
+    Global average pooling (arXiv 1312.4400) when there is one token. The mean of many positive activations shrinks
+    with the backbone's sparsity; the norm removes that scale.
     """
 
     def __init__(self, config):

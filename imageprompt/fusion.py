@@ -27,7 +27,7 @@ class ImageCache(EncoderDecoderCache):
         super().__init__(text_cache, DynamicCache(config=config))
         self.image_mask: Tensor | None = None
         self.images_passed: Tensor | None = None
-        text_cache.image_cache = self  # so that whoever passed only a text cache may pass it again
+        setattr(text_cache, "image_cache", self)  # noqa: B010 - whoever passed only a text cache may pass it again
 
     @classmethod
     def of(cls, cache: Cache | None, config) -> "ImageCache":

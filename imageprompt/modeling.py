@@ -1,9 +1,10 @@
 """The models: a timm vision tower, a connector and a causal language model behind the library's standard API.
 
 `ImagePromptModel` puts projected image features in the places of the placeholder tokens, or hands them to the
-language model's cross-attention, and runs the language model; `ImagePromptForConditionalGeneration` adds the head, the loss, `score` and `generate`. Three rules hold throughout:
-positions are counted from the attention mask, so padding never moves a row's result; a part that does not learn keeps
-no graph and stays in eval mode; and in training the head runs on supervised positions only.
+language model's cross-attention, and runs the language model; `ImagePromptForConditionalGeneration` adds the head, the
+loss, `score` and `generate`. Three rules hold throughout: positions are counted from the attention mask, so padding
+never moves a row's result; a part that does not learn keeps no graph and stays in eval mode; and in training the head
+runs on supervised positions only.
 """
 
 import inspect
@@ -102,7 +103,7 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
 
     @property
     def _parts(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters of each part. Cross-attention is new as the connector is; an untied head belongs to the text."""
+        """The parameters of each part. Cross-attention is new, as the connector is; the head belongs to the text."""
         base = self.base_model
         connector = [base.connector]
         if self.config.fusion == "cross_attention":
@@ -205,7 +206,7 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         features = flatten_features(outputs.last_hidden_state, self.config.feature_layout, num_prefix_tokens)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.connector(features, grid))
 
-    def _check_images(self, pixel_values: Tensor) -> tuple[tuple[int, int], int]:
+    def _check_images(self, pixel_values: Tensor) -> tuple[tuple[int, ...], int | None]:
         """The grid of these images, and how many tokens come before it."""
         config, size = self.config, tuple(pixel_values.shape[1:])
         expected = (config.num_channels, *config.image_size)
@@ -249,7 +250,7 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         if input_ids is not None:
-            return (input_ids == self.config.image_token_id).to(inputs_embeds.device)
+            return torch.eq(input_ids, self.config.image_token_id).to(inputs_embeds.device)
         token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 

@@ -272,7 +272,7 @@ def _feature_shape(
 ) -> FeatureShape | None:
     """The shape of these features, or `None` if they are not one map (or, for `"pooled"`, one vector)."""
     features = read_features(model, images, feature_layer)
-    if not isinstance(features, Tensor) or features.ndim != 2 and feature_layer == "pooled":
+    if not isinstance(features, Tensor) or (feature_layer == "pooled" and features.ndim != 2):
         return None
     num_prefix = 0
     if feature_layer == "pooled":
