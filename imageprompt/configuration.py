@@ -16,6 +16,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from .connectors import build_connector, connector_class, resolve_num_image_tokens
@@ -307,5 +312,14 @@ def _vision_config(backbone: Backbone) -> PreTrainedConfig:
         do_pooling=False,
     )
 
+
+# Where the library goes by names, not classes: pipelines warn about other names, the Trainer's label smoothing would
+# compare each prediction with the token before it, and `transformers serve` looks here before it loads a model's code.
+for _names in (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+):
+    _names[ImagePromptConfig.model_type] = "ImagePromptForConditionalGeneration"
 
 ImagePromptConfig.register_for_auto_class()

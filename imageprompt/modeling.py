@@ -23,10 +23,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto import AutoModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
@@ -45,11 +41,6 @@ logger = logging.get_logger(__name__)
 
 # Tokenizers may add these; GPT-2 would add them up as if they were words.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-
-# Where the library goes by names, not classes: pipelines warn about other names, and the Trainer's label smoothing
-# would compare each prediction with the token before it.
-for _names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
-    _names[ImagePromptConfig.model_type] = "ImagePromptForConditionalGeneration"
 
 
 @dataclass

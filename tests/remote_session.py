@@ -38,7 +38,13 @@ def main(checkpoint, result, resaved=None):
         AutoModelForMultimodalLM,
         AutoProcessor,
     )
+    from transformers.cli.serving.model_manager import Modality, ModelManager
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    # First, while no code of the checkpoint is loaded: `transformers serve` must find the class by its name.
+    manager = ModelManager(device="cpu", trust_remote_code=True, force_model=checkpoint)
+    (served,) = (timed.model for timed in manager.loaded_models.values())
+    assert manager.get_model_modality(served) is Modality.MULTIMODAL
 
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
@@ -46,7 +52,7 @@ def main(checkpoint, result, resaved=None):
     base = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
     same = AutoModelForMultimodalLM.from_pretrained(checkpoint, trust_remote_code=True)
-    for part in (config, processor, image_processor, base, model, same):
+    for part in (config, processor, image_processor, base, model, same, served):
         assert type(part).__module__.startswith("transformers_modules."), type(part)
     assert type(base).__name__ == "ImagePromptModel" and type(model) is type(same)
     assert type(processor.image_processor) is type(image_processor)
