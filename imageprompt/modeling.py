@@ -291,7 +291,8 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         past_is_known = isinstance(past, int)  # a static cache counts in a tensor; reading it would stall the device
         mask_is_2d = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
         if past_is_known:
-            _check_mask_and_positions(self.config, past, length, attention_mask if mask_is_2d else None)
+            mask = attention_mask if mask_is_2d else None
+            _check_mask_and_positions(self.config, past, length, mask, position_ids)
         is_prefill = length > 1 or (past_is_known and past == 0)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -328,6 +329,8 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             if position_ids is None and mask_is_2d:
                 position_ids = positions_from_mask(attention_mask, length)
             kwargs["position_ids"] = position_ids
+        if (layers := kwargs.get("attention_instances")) is not None:
+            kwargs["attention_instances"] = {index: _BatchedAttention(layer) for index, layer in layers.items()}
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )
@@ -589,6 +592,23 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         return max(1, (first["max_length"] or 0) - padded_length)
 
 
+class _BatchedAttention:
+    """A layer of vLLM's attention, with its answer in the shape of the library's own attention functions.
+
+    vLLM's is (tokens, width). GPT-2's layers fold the last two dimensions, whatever they are, and so need the four
+    (1, tokens, heads, width of a head), of which one may stand for all heads.
+    """
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __getattr__(self, name: str):
+        return getattr(self.layer, name)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.layer.forward(query, key, value).view(1, len(query), 1, -1)
+
+
 def _pad_left(inputs: dict) -> dict:
     """The inputs of `generate` with padding moved to the left, as new tokens follow the last position."""
     mask, past = inputs["attention_mask"], inputs.get("past_key_values")
@@ -615,7 +635,9 @@ def positions_from_mask(attention_mask: Tensor, length: int) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
-def _check_mask_and_positions(config: ImagePromptConfig, past: int, length: int, attention_mask: Tensor | None) -> None:
+def _check_mask_and_positions(
+    config: ImagePromptConfig, past: int, length: int, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> None:
     total = past + length
     if attention_mask is not None and attention_mask.shape[1] != total:
         raise ValueError(
@@ -623,8 +645,11 @@ def _check_mask_and_positions(config: ImagePromptConfig, past: int, length: int,
             f"{length} new ones: it must cover all {total}."
         )
     positions = getattr(config, "max_position_embeddings", None)
-    if attention_mask is not None and positions is not None and total > positions:
-        total = int(attention_mask.sum(-1).max())  # padding takes no position
+    if positions is not None and total > positions:
+        if position_ids is not None:  # several sequences may lie in one row, as vLLM lays them
+            total = int(position_ids.max()) + 1
+        elif attention_mask is not None:
+            total = int(attention_mask.sum(-1).max())  # padding takes no position
     _check_positions(config, total)
 
 
