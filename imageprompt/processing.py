@@ -15,7 +15,8 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from .configuration import IGNORE_INDEX
 from .image_processing import ImagePromptImageProcessor
 
-# One line per turn, in plain words: GPT-2 has no control tokens for roles. An answer ends with EOS.
+# One line per turn, in plain words: GPT-2 has no control tokens for roles. An answer ends with EOS. It begins with one
+# space, also when it is sent back as it was generated.
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}
@@ -33,7 +34,7 @@ CHAT_TEMPLATE = """\
 {%- elif message.role == 'user' -%}{{ 'User: ' + render(message.content) + '\\n' }}
 {%- elif message.role == 'assistant' -%}
 {{- 'Assistant:' -}}
-{%- generation -%}{{ ' ' + render(message.content) + eos_token }}{%- endgeneration -%}
+{%- generation -%}{{ ' ' + render(message.content).lstrip() + eos_token }}{%- endgeneration -%}
 {{- '\\n' -}}
 {%- else -%}{{ raise_exception("roles are 'system', 'user' and 'assistant', got '" + message.role + "'") }}
 {%- endif -%}
