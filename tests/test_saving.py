@@ -261,10 +261,13 @@ def test_pain_12_checkpoints_work_and_save_where_imageprompt_is_not_installed(sa
 
 # --- pipelines
 
+TASKS = ("image-text-to-text", "any-to-any")
 
-def test_pipeline_with_a_plain_prompt(saved):
+
+@pytest.mark.parametrize("task", TASKS)
+def test_pipeline_with_a_plain_prompt(saved, task):
     folder, model, processor = saved
-    generator = pipeline("image-text-to-text", model=str(folder))
+    generator = pipeline(task, model=str(folder))
     prompt = f"{processor.image_token}A photo of"
     answers = generator(images=picture(), text=prompt, max_new_tokens=6, return_full_text=False)
     inputs = processor(images=picture(), text=prompt, return_tensors="pt")
@@ -272,9 +275,10 @@ def test_pipeline_with_a_plain_prompt(saved):
     assert answers[0]["generated_text"] == processor.decode(ids[0], skip_special_tokens=True)
 
 
-def test_pipeline_with_a_chat(saved):
+@pytest.mark.parametrize("task", TASKS)
+def test_pipeline_with_a_chat(saved, task):
     folder, model, processor = saved
-    generator = pipeline("image-text-to-text", model=str(folder))
+    generator = pipeline(task, model=str(folder))
     content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is it?"}]
     chat = [{"role": "user", "content": content}]
     answers = generator(text=chat, max_new_tokens=6, return_full_text=False)
