@@ -74,6 +74,14 @@ def generate(
         typer.echo(f"{file}\t{answer}")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Answer OpenAI-style requests with images over HTTP (see `imageprompt serve --help`)."""
+    from .serving import serve
+
+    serve(context.args)
+
+
 def main() -> None:
     """Run the command; a mistake in the input ends with its message instead of a traceback."""
     try:
