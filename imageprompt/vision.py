@@ -365,7 +365,16 @@ class VisionTower(TimmWrapperModel):
         features = read_features(self.timm_model, pixel_values.to(self.device, self.dtype), feature_layer)
         return TimmWrapperModelOutput(last_hidden_state=features)
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As the library's, whatever the configuration says of word embeddings."""
+        return dict(self._tied_weights_keys)
+
     def post_init(self):
+        # coat has modules in two places; their weights are saved once.
+        first_names: dict[int, str] = {}
+        named = self.named_parameters(remove_duplicate=False)
+        firsts = {name: first_names.setdefault(id(parameter), name) for name, parameter in named}
+        self._tied_weights_keys = {name: first for name, first in firsts.items() if name != first}
         for tensor in (*self.parameters(), *self.buffers()):
             if not tensor.is_meta:
                 setattr(tensor, "_is_hf_initialized", True)  # noqa: B010

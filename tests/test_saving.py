@@ -199,7 +199,10 @@ def test_loading_says_nothing_odd(saved, capfd, caplog):
 
 # --- remote code
 
-CODE = {"configuration.py", "connectors.py", "image_processing.py", "modeling.py", "processing.py", "vision.py"}
+CODE = {
+    f"{name}.py"
+    for name in ("configuration", "connectors", "fusion", "image_processing", "modeling", "processing", "vision")
+}
 
 
 def test_pain_12_every_file_of_the_code_is_in_the_checkpoint(saved):
