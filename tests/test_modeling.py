@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from conftest import BACKBONES, batch_inputs, max_difference, picture, row_inputs, tiny, tiny_gpt2
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2LMHeadModel
 
-from imageprompt import ImagePromptConfig, ImagePromptForConditionalGeneration, ImagePromptModel
+from imageprompt import ImagePromptConfig, ImagePromptForConditionalGeneration, ImagePromptModel, compose
+from imageprompt.connectors import CONNECTORS
 
 ROWS = [  # images and text of each row
     ([picture(0)], "A photo of"),
@@ -360,3 +361,109 @@ def test_auto_class_of_the_text_matches_the_library(pair):
     model, _ = pair
     reference = AutoModelForCausalLM.from_config(model.config.text_config)
     assert type(model.model.language_model) is type(reference.base_model)
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("layout", BACKBONES)
+def test_every_connector_on_every_layout_learns_and_survives_a_save(tokenizer, layout, connector, tmp_path):
+    heads = {"connector_args": {"num_heads": 2}} if connector == "clipcap_transformer" else {}
+    count = {"num_image_tokens": 1 if connector == "pixel_shuffle" else 3 if "clipcap" in connector else 4}
+    model, processor = tiny(tokenizer, layout, connector=connector, **count, **heads)
+    inputs = processor(images=[picture(0), picture(1)], text="A", suffix=[" dog", " cat"], return_tensors="pt")
+    model.train()(**inputs).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.model.connector.parameters())
+    tower = model.model.vision_tower
+    assert all(parameter.grad is not None for parameter in tower.parameters() if parameter.requires_grad)
+    model.eval().save_pretrained(tmp_path)
+    loaded = ImagePromptForConditionalGeneration.from_pretrained(tmp_path)
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    rows = processor(images=[picture(0)], text="A", return_tensors="pt")
+    with torch.no_grad():
+        assert max_difference(loaded(**rows).logits, model(**rows).logits) <= 1e-6
+
+
+@pytest.mark.parametrize("layer", [0, -2, [-2, -1], "pooled"], ids=str)
+@pytest.mark.parametrize("layout", BACKBONES)
+@torch.no_grad()
+def test_the_features_of_any_layer_become_image_tokens(tokenizer, layout, layer, tmp_path):
+    model, processor = tiny(tokenizer, layout, feature_layer=layer, num_image_tokens=1, connector="linear")
+    assert model.config.feature_layer == layer
+    pixels = processor(images=picture(), return_tensors="pt")["pixel_values"]
+    backbone = model.model.vision_tower.timm_model
+    if layer == "pooled":
+        expected = backbone.forward_head(backbone.forward_features(pixels), pre_logits=True)[:, None]
+    else:
+        layers = layer if isinstance(layer, list) else [layer]
+        maps = backbone.forward_intermediates(pixels, indices=layers, intermediates_only=True)
+        expected = torch.cat([each.mean((2, 3)) for each in maps], 1)[:, None]
+    expected = model.model.connector.linear(expected)
+    assert max_difference(model.get_image_features(pixels).pooler_output, expected) <= 1e-5
+    model.save_pretrained(tmp_path)
+    assert ImagePromptForConditionalGeneration.from_pretrained(tmp_path).config.to_dict()["feature_layer"] == layer
+
+
+def test_layers_behind_the_features_are_frozen(tokenizer):
+    model, _ = tiny(tokenizer, "NLC", feature_layer=0)
+    learning = {name for name, value in model.model.vision_tower.named_parameters() if value.requires_grad}
+    assert learning and not any("blocks.1." in name for name in learning)
+
+
+@pytest.mark.parametrize(
+    ("layout", "model_args"), [("NCHW", {}), ("NLC", {"depth": 2, "dynamic_img_size": True})], ids=["NCHW", "NLC"]
+)
+@torch.no_grad()
+def test_images_of_other_sizes_become_as_many_tokens(tokenizer, layout, model_args):
+    model, processor = tiny(tokenizer, layout, dynamic_image_size=True, model_args=model_args)
+    processor.check_model(model)
+    size = {"height": 96, "width": 160}
+    inputs = processor(images=picture(), text="A", return_tensors="pt", size=size)
+    assert inputs["pixel_values"].shape == (1, 3, 96, 160)
+    outputs = model.get_image_features(inputs["pixel_values"])
+    factor = 32 if layout == "NCHW" else 16
+    features = outputs.last_hidden_state.view(1, 96 // factor, 160 // factor, -1)
+    tokens = torch.nn.functional.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), (2, 2)).flatten(2).mT
+    assert max_difference(outputs.pooler_output, model.model.connector.project(tokens)) <= 1e-5
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_other_sizes_are_refused_unless_asked_for(tokenizer):
+    model, processor = tiny(tokenizer)
+    inputs = processor(images=picture(), text="A", return_tensors="pt", size={"height": 96, "width": 64})
+    with pytest.raises(ValueError, match=r"shape \(images, 3, 64, 64\), not \(1, 3, 96, 64\)"):
+        model(**inputs)
+    model, processor = tiny(tokenizer, "NLC", dynamic_image_size=True)
+    inputs = processor(images=picture(), text="A", return_tensors="pt", size={"height": 96, "width": 64})
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 .* does not run on \(3, 96, 64\) images"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="'pixel_shuffle' follow the image's size"):
+        tiny(tokenizer, "NLC", dynamic_image_size=True, connector="pixel_shuffle")
+
+
+@torch.no_grad()
+def test_a_naflex_backbone_keeps_the_shape_of_its_images(tokenizer):
+    settings = {"model_args": {"depth": 1, "embed_dim": 24, "num_heads": 2}, "num_image_tokens": 6}
+    model, processor = compose(
+        "naflexvit_base_patch16_gap",
+        tiny_gpt2(),
+        tokenizer=tokenizer,
+        pretrained=False,
+        preprocessing={"input_size": (3, 64, 96)},
+        dynamic_image_size=True,
+        **settings,
+    )
+    assert model.config.feature_grid == [4, 6] and model.config.num_prefix_tokens == 4
+    for height, width in ((64, 96), (96, 64), (32, 160)):
+        size = {"height": height, "width": width}
+        inputs = processor(images=picture(), text="A", return_tensors="pt", size=size)
+        features = model.get_image_features(inputs["pixel_values"])
+        assert features.last_hidden_state.shape == (1, height * width // 256, 24)
+        assert features.pooler_output.shape == (1, 6, 32)
+
+
+def test_the_callers_configurations_stay_as_they_are():
+    text_config = tiny_gpt2()
+    GPT2LMHeadModel(text_config)
+    before = text_config._attn_implementation
+    ImagePromptConfig.from_backbones("resnet10t", text_config, fusion="cross_attention")
+    assert text_config._attn_implementation == before == "sdpa" and not text_config.add_cross_attention

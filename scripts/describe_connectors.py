@@ -1,0 +1,47 @@
+"""Count what each connector costs: parameters, image tokens and positions, without making any weights.
+
+    python scripts/describe_connectors.py --output docs/connectors/connectors.json
+
+`docs/connectors.md` shows the result, for the backbones named there in front of GPT-2 with 124 M parameters.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import transformers
+import typer
+from transformers import GPT2Config
+
+from imageprompt import ImagePromptConfig
+from imageprompt.connectors import CONNECTORS, build_connector
+
+BACKBONES = {"vit_small_patch16_224": {}, "resnet50": {"input_size": (3, 256, 256)}}
+
+
+def main(output: Annotated[Path, typer.Option(help="JSON file.")]) -> None:
+    backbones = {
+        name: {connector: describe(name, preprocessing, connector) for connector in CONNECTORS}
+        for name, preprocessing in BACKBONES.items()
+    }
+    versions = {package.__name__: package.__version__ for package in (torch, timm, transformers)}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"versions": versions, "backbones": backbones}, indent=1) + "\n")
+
+
+def describe(name: str, preprocessing: dict[str, Any], connector: str) -> dict[str, Any]:
+    config = ImagePromptConfig.from_backbones(name, GPT2Config(), preprocessing=preprocessing, connector=connector)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build_connector(config).parameters())
+    return {
+        "grid": config.feature_grid,
+        "features": config.feature_size,
+        "tokens": config.num_image_tokens,
+        "parameters": parameters,
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
