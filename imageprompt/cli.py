@@ -1,7 +1,7 @@
 """The `imageprompt` command. Each subcommand imports what it needs when it runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
@@ -80,6 +80,68 @@ def serve(context: typer.Context) -> None:
     from .serving import serve
 
     serve(context.args)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Saved model, its config.json, or a backbone; a Hub id or local path.")],
+    text: Annotated[
+        str | None, typer.Argument(help="With a backbone: the language model, or JSON of a new GPT-2's settings.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the text.")] = None,
+    connector: Annotated[str | None, typer.Option(help="Connector between the parts; mlp by default.")] = None,
+    num_image_tokens: Annotated[int | None, typer.Option(help="Tokens per image; the connector's default.")] = None,
+    pretrained: Annotated[bool, typer.Option(help="Whether the parts' weights are to be loaded.")] = True,
+    model_args: Annotated[str | None, typer.Option(help="Further timm.create_model keywords, JSON.")] = None,
+    preprocessing: Annotated[
+        str | None, typer.Option(help='Overrides of the backbone\'s, JSON: {"input_size": [3, 96, 96]}.')
+    ] = None,
+    freeze: Annotated[list[str] | None, typer.Option(help="Part that does not learn: vision, connector, text.")] = None,
+    lora: Annotated[str | None, typer.Option(help='Modules for LoRA: "c_attn,c_proj", or all-linear.')] = None,
+    modules_to_save: Annotated[str | None, typer.Option(help='Modules that learn beside LoRA: "connector".')] = None,
+    images_per_row: Annotated[int, typer.Option(help="Images in a row.", min=1)] = 1,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens in a row: prompt and answer.", min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer, in tokens.", min=1)] = 30,
+    num_beams: Annotated[int, typer.Option(help="Beams in generation.", min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 8,
+    dtype: Annotated[
+        Literal["float32", "autocast", "bfloat16"],
+        typer.Option(help="autocast: float32 weights that compute in bfloat16, as training with --bf16."),
+    ] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a model will cost, and whether training would fail; no weights are loaded.
+
+    Ends with 0 if training would run, 1 if it would fail, 2 if the input means nothing.
+    """
+    import json
+
+    from .diagnosis import Plan, diagnose
+
+    plan = Plan(
+        images_per_row=images_per_row,
+        text_tokens=text_tokens,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        batch_size=batch_size,
+        dtype=dtype,
+        trainable=dict.fromkeys(freeze or [], False),
+        lora=lora if lora in (None, "all-linear") else lora.split(","),
+        modules_to_save=modules_to_save.split(",") if modules_to_save else [],
+    )
+    report = diagnose(
+        model,
+        text,
+        plan=plan,
+        tokenizer=tokenizer,
+        model_args=model_args and json.loads(model_args),
+        preprocessing=preprocessing and json.loads(preprocessing),
+        pretrained=pretrained,
+        connector=connector,
+        num_image_tokens=num_image_tokens,
+    )
+    typer.echo(report.to_json() if as_json else report)
+    raise typer.Exit(0 if report.ok else 1)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def test_generate_prints_a_line_for_each_image(saved):
 
 def test_help_names_every_command():
     output = CliRunner().invoke(app, ["--help"]).output
-    assert all(command in output for command in ("quickstart", "train", "evaluate", "generate"))
+    assert all(command in output for command in ("quickstart", "train", "evaluate", "generate", "doctor"))
 
 
 @pytest.mark.parametrize(
