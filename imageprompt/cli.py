@@ -91,6 +91,7 @@ def doctor(
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the text.")] = None,
     connector: Annotated[str | None, typer.Option(help="Connector between the parts; mlp by default.")] = None,
     num_image_tokens: Annotated[int | None, typer.Option(help="Tokens per image; the connector's default.")] = None,
+    fusion: Annotated[str | None, typer.Option(help="prefix or cross_attention.")] = None,
     pretrained: Annotated[bool, typer.Option(help="Whether the parts' weights are to be loaded.")] = True,
     model_args: Annotated[str | None, typer.Option(help="Further timm.create_model keywords, JSON.")] = None,
     preprocessing: Annotated[
@@ -139,6 +140,7 @@ def doctor(
         pretrained=pretrained,
         connector=connector,
         num_image_tokens=num_image_tokens,
+        fusion=fusion,
     )
     typer.echo(report.to_json() if as_json else report)
     raise typer.Exit(0 if report.ok else 1)

@@ -235,8 +235,8 @@ def test_weights_in_the_files(folder):
 
 
 def test_backbones_and_configurations_that_cannot_be(tokenizer, folder):
-    report = diagnose("crossvit_9_240", tiny_gpt2(), tokenizer=tokenizer)
-    assert not report.ok and "cannot be a vision tower" in message(report, "composition")
+    report = diagnose("test_vit", tiny_gpt2(), tokenizer=tokenizer, model_args={"dept": 1})
+    assert not report.ok and "does not run on" in message(report, "composition")
     assert "Unknown connector" in message(pair(tokenizer, connector="rope"), "composition")
     edit_json(folder / "config.json", image_token_id=100_000)
     assert "outside the vocabulary" in message(diagnose(folder), "configuration")
@@ -295,6 +295,28 @@ def test_memory_is_that_of_a_real_step(tokenizer, layout, vision):
     assert memory.kv_cache == 2 * 3 * memory.kv_cache_per_row
     assert memory.kv_cache_per_row == 2 * 2 * 32 * 4 * (13 + 6)  # keys and values, layers, width, bytes, positions
     assert memory.generation - memory.weights == pytest.approx(generating.peak, rel=0.5)
+
+
+def test_cross_attention_is_counted_too(tokenizer):
+    plan = Plan(text_tokens=9, batch_size=2, num_beams=3, max_new_tokens=6, images_per_row=2)
+    model, processor = tiny(tokenizer, "NLC", fusion="cross_attention", num_image_tokens=16)
+    model.train()
+    texts = {"text": ["", "is"], "suffix": ["abcdefgh", "abc"]}
+    batch = processor(images=[[picture()] * 2] * 2, padding="max_length", max_length=11, return_tensors="pt", **texts)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == processor.image_token_id, -100)
+    with LiveBytes() as live, count_saved_bytes(model) as saved:
+        loss = model(**batch, use_cache=False).loss
+        saved_bytes = sum(saved.values())
+        loss.backward()
+    meta = build_on_meta(model.config).train()
+    with on_fake_tensors(meta):
+        memory = estimate_memory(meta, plan)
+    # Sharing the images out among the rows takes a little more.
+    assert memory.activations == pytest.approx(saved_bytes, rel=0.01)
+    assert memory.training - memory.weights - memory.optimizer == pytest.approx(live.peak, rel=0.02)
+    assert memory.kv_cache_per_row == 2 * 2 * 32 * 4 * ((11 + 6) + 2 * 16)  # text and new tokens, and the images once
+    report = pair(tokenizer, fusion="cross_attention", num_image_tokens=4)
+    assert report.ok and report.budget.positions_per_image == 1 and report.budget.tokens_per_image == 4
 
 
 def test_low_precision_needs_less(sound):

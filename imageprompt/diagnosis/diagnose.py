@@ -31,7 +31,7 @@ from .checks import (
     check_weights,
     try_memory,
 )
-from .memory import build_on_meta, count_parts, positions_per_image
+from .memory import build_on_meta, count_parts
 from .report import Budget, Check, Diagnosis, Plan
 
 
@@ -162,7 +162,7 @@ def _compose_pair(
         if "image_token_id" not in config_fields:
             return config, None
         images = ImagePromptImageProcessor.from_pretrained_cfg(config.vision_config.pretrained_cfg)
-        return config, ImagePromptProcessor(images, tokenizer, num_image_tokens=config.num_image_tokens)
+        return config, ImagePromptProcessor(images, tokenizer, num_image_tokens=config.image_seq_length)
     return None, None
 
 
@@ -179,7 +179,7 @@ def _as_check(report: Diagnosis, name: str, fine: str | None = None) -> Iterator
 
 
 def _budget(config: ImagePromptConfig, plan: Plan) -> Budget:
-    positions, per_image = getattr(config, "max_position_embeddings", None), positions_per_image(config)
+    positions, per_image = getattr(config, "max_position_embeddings", None), config.image_seq_length
     text = None
     if positions is not None:
         text = [positions - images * per_image for images in range(1, max(4, plan.images_per_row) + 1)]

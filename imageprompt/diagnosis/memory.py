@@ -16,16 +16,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary, weakref
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import logging
 
 from ..configuration import ImagePromptConfig
 from ..modeling import ImagePromptForConditionalGeneration
 from .report import Memory, Part, Plan
-
-
-def positions_per_image(config: ImagePromptConfig):
-    """Positions of the language model that an image takes."""
-    return config.num_image_tokens
 
 
 def build_on_meta(config: ImagePromptConfig, dtype: str = "float32") -> ImagePromptForConditionalGeneration:
@@ -113,8 +109,8 @@ def on_fake_tensors(model: nn.Module) -> Iterator[None]:
 def fake_loss(model: ImagePromptForConditionalGeneration, plan: Plan) -> tuple[Tensor, Tensor]:
     """Loss and logits of a training batch of fake tensors, all of whose text is supervised."""
     config, rows = model.config, plan.batch_size
-    length = plan.images_per_row * positions_per_image(config) + plan.text_tokens
-    hidden_states = model.model(**_fake_batch(config, rows, length, plan), use_cache=False).last_hidden_state
+    length = plan.images_per_row * config.image_seq_length + plan.text_tokens
+    hidden_states = model.model(**_fake_batch(model, rows, length, plan), use_cache=False).last_hidden_state
     targets = torch.zeros(rows * plan.text_tokens, dtype=torch.long)
     supervised = torch.zeros(rows, length, dtype=torch.bool)
     # Values would decide how many positions this selects, and fake tensors have none.
@@ -124,12 +120,22 @@ def fake_loss(model: ImagePromptForConditionalGeneration, plan: Plan) -> tuple[T
     return loss, logits
 
 
-def _fake_batch(config: ImagePromptConfig, rows: int, length: int, plan: Plan) -> dict[str, Tensor]:
-    return {
+def _fake_batch(
+    model: ImagePromptForConditionalGeneration, rows: int, length: int, plan: Plan, num_beams: int = 1
+) -> dict[str, Tensor]:
+    """Inputs of so many rows, with images encoded once for all beams of a row, as `generate` does it."""
+    config, images = model.config, rows // num_beams * plan.images_per_row
+    batch = {
         "input_ids": torch.zeros(rows, length, dtype=torch.long),
         "attention_mask": torch.ones(rows, length, dtype=torch.long),
-        "pixel_values": torch.zeros(rows * plan.images_per_row, config.num_channels, *config.image_size),
     }
+    pixel_values = torch.zeros(images, config.num_channels, *config.image_size)
+    encoded = model.get_image_features(pixel_values, return_dict=True)
+    tokens = encoded.pooler_output.repeat_interleave(num_beams, dim=0) if num_beams > 1 else encoded.pooler_output
+    if config.fusion == "prefix":
+        encoded.pooler_output = tokens
+        return batch | {"mm_encoder_outputs": {"image": encoded}}
+    return batch | {"encoder_hidden_states": tokens.reshape(rows, -1, config.hidden_size)}
 
 
 def estimate_memory(model: ImagePromptForConditionalGeneration, plan: Plan) -> Memory:
@@ -149,16 +155,17 @@ def estimate_memory(model: ImagePromptForConditionalGeneration, plan: Plan) -> M
     training = weights + 2 * gradients + max(step.peak, gradients)
 
     model.eval()
-    prompt = plan.images_per_row * positions_per_image(config) + plan.text_tokens
+    prompt, rows = plan.images_per_row * config.image_seq_length + plan.text_tokens, plan.batch_size * plan.num_beams
     with LiveBytes() as prefill, torch.no_grad():
-        # The library repeats rows for beams first; each image is encoded once.
-        batch = _fake_batch(config, plan.batch_size * plan.num_beams, prompt, plan)
-        images = model.get_image_features(batch.pop("pixel_values")[:: plan.num_beams], return_dict=True)
-        images.pooler_output = images.pooler_output.repeat_interleave(plan.num_beams, dim=0)
-        outputs = model.model(**batch, mm_encoder_outputs={"image": images}, use_cache=True)
+        outputs = model.model(**_fake_batch(model, rows, prompt, plan, plan.num_beams), use_cache=True)
         model.lm_head(outputs.last_hidden_state[:, -1:])
-    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in outputs.past_key_values.layers)
-    cache = cached // prompt * (prompt + plan.max_new_tokens)
+    keys_and_values = outputs.past_key_values
+    if isinstance(keys_and_values, EncoderDecoderCache):  # the images' part does not grow
+        text, of_images = _nbytes(keys_and_values.self_attention_cache), _nbytes(keys_and_values.cross_attention_cache)
+    else:
+        text, of_images = _nbytes(keys_and_values), 0
+    cached = text + of_images
+    cache = text // prompt * (prompt + plan.max_new_tokens) + of_images
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -166,10 +173,14 @@ def estimate_memory(model: ImagePromptForConditionalGeneration, plan: Plan) -> M
         activations=activations,
         logits=logits_bytes,
         training=training,
-        kv_cache_per_row=cache // (plan.batch_size * plan.num_beams),
+        kv_cache_per_row=cache // rows,
         kv_cache=cache,
         generation=weights + prefill.peak + cache - cached,
     )
+
+
+def _nbytes(cache: Cache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 @contextmanager

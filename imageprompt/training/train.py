@@ -37,7 +37,12 @@ class ModelArguments:
     tokenizer: str | None = field(default=None, metadata={"help": "Where to load the tokenizer from, if not --text."})
     pretrained: bool | None = field(default=None, metadata={"help": "Load the parts' weights (the default), or not."})
     connector: str | None = field(default=None, metadata={"help": "Connector between the parts; mlp by default."})
+    connector_args: dict | str | None = field(default=None, metadata={"help": "What it takes, JSON: '{\"depth\": 2}'."})
     num_image_tokens: int | None = field(default=None, metadata={"help": "Tokens per image; the connector's default."})
+    fusion: str | None = field(default=None, metadata={"help": "prefix (the default) or cross_attention."})
+    feature_layer: str | None = field(
+        default=None, metadata={"help": "Features of an earlier block (-2), several ([-2, -1]) or pooled."}
+    )
     image_size: int | None = field(default=None, metadata={"help": "Square input in pixels; the backbone's own."})
     crop_pct: float | None = field(default=None, metadata={"help": "Share of the resized image that is kept."})
     model_args: dict | str | None = field(default=None, metadata={"help": "Further timm.create_model keywords, JSON."})
@@ -86,7 +91,11 @@ def build_model(args: ModelArguments) -> tuple[ImagePromptForConditionalGenerati
             pretrained=args.pretrained is not False,
             model_args=_parsed(args.model_args),
             preprocessing=preprocessing,
-            **{name: parts[name] for name in ("connector", "num_image_tokens") if name in parts},
+            connector_args=_parsed(args.connector_args) or None,
+            feature_layer=args.feature_layer
+            if args.feature_layer in (None, "pooled")
+            else json.loads(args.feature_layer),
+            **{name: parts[name] for name in ("connector", "num_image_tokens", "fusion") if name in parts},
         )
     processor.check_model(model)
     model.set_trainable(vision=args.train_vision, connector=args.train_connector, text=args.train_text)
