@@ -2,7 +2,7 @@
 
     python scripts/describe_connectors.py --output docs/connectors/connectors.json
 
-`docs/connectors.md` shows the result, for the backbones named there in front of GPT-2 with 124 M parameters.
+`docs/connectors.md` holds the table that this prints, for GPT-2 with 124 M parameters behind each backbone.
 """
 
 import json
@@ -29,6 +29,7 @@ def main(output: Annotated[Path, typer.Option(help="JSON file.")]) -> None:
     versions = {package.__name__: package.__version__ for package in (torch, timm, transformers)}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"versions": versions, "backbones": backbones}, indent=1) + "\n")
+    print(table(backbones))
 
 
 def describe(name: str, preprocessing: dict[str, Any], connector: str) -> dict[str, Any]:
@@ -41,6 +42,19 @@ def describe(name: str, preprocessing: dict[str, Any], connector: str) -> dict[s
         "tokens": config.num_image_tokens,
         "parameters": parameters,
     }
+
+
+def table(backbones: dict[str, dict[str, Any]]) -> str:
+    """Markdown, a line for each connector."""
+    sizes = [f"{name} at {BACKBONES[name].get('input_size', (3, 224, 224))[1]} pixels" for name in backbones]
+    lines = [f"| connector | {' | '.join(sizes)} |", "| --- " * (len(sizes) + 1) + "|"]
+    for connector in CONNECTORS:
+        costs = [
+            f"{cost['tokens']} tokens, {cost['parameters'] / 1e6:.1f} M"
+            for cost in (each[connector] for each in backbones.values())
+        ]
+        lines.append(f"| `{connector}` | {' | '.join(costs)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
