@@ -135,25 +135,27 @@ class ImagePromptImageProcessor(BaseImageProcessor):
         return open_image(image_url_or_urls) if isinstance(image_url_or_urls, _SOURCES) else image_url_or_urls
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args, return_tensors=None, **kwargs) -> BatchFeature:
-        transform = _transform(
+        transform, mean, std = _transform(
             height=kwargs["size"].height,
             width=kwargs["size"].width,
             mean=tuple(kwargs["image_mean"]),
+            std=tuple(kwargs["image_std"]),
             interpolation=_timm_interpolation(kwargs["resample"]),
             crop_pct=kwargs["crop_pct"],
             crop_mode=kwargs["crop_mode"],
         )
-        mode = "L" if len(kwargs["image_mean"]) == 1 else "RGB"
+        mode = "L" if len(mean) == 1 else "RGB"
         flat = _flatten(images)
         if not flat:
             raise ValueError("There is no image in `images`.")
         # timm's transform would end with the same steps in the same order, but with a new tensor for each of them.
-        mean, std = (torch.tensor(kwargs[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
-        pixel_values = torch.empty(len(flat), len(mean), kwargs["size"].height, kwargs["size"].width)
+        shape = (len(flat), len(mean), kwargs["size"].height, kwargs["size"].width)
+        pixel_values = torch.empty(shape, dtype=torch.float32, device="cpu")
         for index, image in enumerate(flat):
             with _named(index):
-                levels = _run(transform, to_mode(image, mode))
-                pixel_values[index].copy_(levels).div_(255).sub_(mean).div_(std)
+                levels = torch.from_numpy(np.array(_cut(to_mode(image, mode), transform), ndmin=3))
+                channels = levels if mode == "L" else levels.permute(2, 0, 1)
+                pixel_values[index].copy_(channels).div_(255).sub_(mean).div_(std)
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def _validate_preprocess_kwargs(
@@ -310,7 +312,7 @@ def _flatten(images: Any) -> list[Any]:
     return [images]
 
 
-def _run(transform: Callable[[Image.Image], torch.Tensor], image: Image.Image) -> torch.Tensor:
+def _cut(image: Image.Image, transform: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         return transform(image)
     except ValueError as error:
@@ -321,11 +323,16 @@ def _run(transform: Callable[[Image.Image], torch.Tensor], image: Image.Image) -
 
 
 @lru_cache(maxsize=8)
-def _transform(height: int, width: int, mean: tuple, **settings) -> Callable[[Image.Image], torch.Tensor]:
-    """timm's transform to levels from 0 to 255, of shape (channels, height, width); a border has the colour `mean`."""
-    return create_transform(
+def _transform(
+    height: int, width: int, mean: tuple, std: tuple, **settings
+) -> tuple[Callable[[Image.Image], Image.Image], torch.Tensor, torch.Tensor]:
+    """timm's resize and crop, and mean and deviation of shape (channels, 1, 1)."""
+    transform = create_transform(
         input_size=(len(mean), height, width), mean=mean, is_training=False, normalize=False, **settings
     )
+    del transform.transforms[-1]  # makes a tensor on the caller's default device
+    statistics = torch.tensor([mean, std], dtype=torch.float32, device="cpu")
+    return transform, *statistics[..., None, None]
 
 
 def _timm_interpolation(resample: int) -> str:

@@ -3,9 +3,12 @@
 import base64
 import io
 import json
+import runpy
 import struct
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,22 +21,12 @@ from transformers import AutoImageProcessor
 
 from imageprompt import ImagePromptImageProcessor
 
-PRETRAINED = timm.list_pretrained()
+SWEEP = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "sweep_preprocessing.py"))
 SIZES = [(70, 90), (33, 101), (257, 129)]
 
 
 def cfg_of(name: str) -> dict:
     return resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
-
-
-def sampled_names() -> list[str]:
-    """An even sample, and all that is rare: padding, squashing, other sizes and shares."""
-    rare = {
-        (cfg["crop_mode"], cfg["interpolation"], cfg["crop_pct"], cfg["input_size"][1] == cfg["input_size"][2]): name
-        for name in PRETRAINED
-        if max((cfg := cfg_of(name))["input_size"]) <= 640 or cfg["input_size"][1] != cfg["input_size"][2]
-    }
-    return sorted({*PRETRAINED[::60], *rare.values()})
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -55,25 +48,32 @@ def same(processor, image, expected: Image.Image) -> bool:
     return torch.equal(pixels(processor, image), pixels(processor, expected))
 
 
-def test_the_sample_covers_what_timm_has():
-    cfgs = [cfg_of(name) for name in sampled_names()]
-    assert len(cfgs) >= 40
-    assert {cfg["crop_mode"] for cfg in cfgs} == {"center", "squash", "border"}
-    assert {cfg["interpolation"] for cfg in cfgs} == {"bicubic", "bilinear"}
-    assert any(cfg["crop_pct"] > 1 for cfg in cfgs)
-    assert any(cfg["input_size"][1] != cfg["input_size"][2] for cfg in cfgs)
+def test_pain_17_pixels_equal_timms_to_the_last_bit_for_all_its_pretrained_settings():
+    names = {json.dumps(cfg_of(name)): name for name in SWEEP["names"]()}
+    settings = {name: SWEEP["settings_of"](name, {}) for name in names.values()}
+    assert len(settings) > 150
+    assert {ours["crop_mode"] for ours, _ in settings.values()} == {"center", "squash", "border"}
+    assert any(ours["crop_pct"] > 1 for ours, _ in settings.values())
+    assert any(ours["input_size"][1] != ours["input_size"][2] for ours, _ in settings.values())
+    pictures = {"landscape": (131, 90), "small": (33, 41)}
+    results = {name: SWEEP["compare"](*pair, pictures=pictures) for name, pair in settings.items()}
+    assert {name: result.difference for name, result in results.items() if result.difference != 0} == {}
+    assert {picture for result in results.values() for picture in result.refused_by_both} == {"line"}
 
 
-@pytest.mark.parametrize("name", sampled_names())
-def test_pain_17_pixels_equal_timms_evaluation_transform_to_the_last_bit(name):
-    cfg = cfg_of(name)
-    processor, transform = (
-        ImagePromptImageProcessor.from_pretrained_cfg(cfg),
-        create_transform(**cfg, is_training=False),
-    )
-    for seed, size in enumerate(SIZES):
-        image = picture(seed, size)
-        assert torch.equal(pixels(processor, image)[0], transform(image))
+def test_the_sweep_sees_a_difference():
+    ours, timms = SWEEP["settings_of"]("resnet18.a1_in1k", {})
+    assert SWEEP["compare"](ours | {"crop_pct": 0.9}, timms).difference > 0
+    assert SWEEP["compare"](ours | {"crop_mode": "border"}, timms).difference == float("inf")
+
+
+@pytest.mark.slow
+def test_pain_17_the_sweep_over_timms_registry_gives_what_is_committed():
+    committed = json.loads((Path(__file__).parents[1] / "docs" / "preprocessing" / "sweep.json").read_text())
+    measured = SWEEP["sweep"](progress=False)
+    assert measured["unequal"] == {} and measured["largest_difference"] == 0
+    if committed["versions"]["timm"] == timm.__version__:
+        assert {key: committed[key] for key in measured} == json.loads(json.dumps(measured))
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
@@ -140,6 +140,59 @@ def test_pain_29_grey_with_alpha_is_laid_on_white(processor):
     assert same(processor, image, Image.new("RGB", (4, 4), "white"))
 
 
+def test_a_transparent_colour_key_is_white(processor):
+    image = picture(mode="RGB")
+    key = image.getpixel((0, 0))
+    expected = np.asarray(image).copy()
+    expected[(expected == key).all(-1)] = 255
+    assert same(processor, encoded(image, transparency=key), Image.fromarray(expected))
+
+
+def test_half_transparent_palette_entries_are_blended_with_white(processor):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 0])
+    data = encoded(image, transparency=bytes([0, 51]))  # a fifth of the colour, four fifths of white
+    assert same(processor, data, Image.new("RGB", (4, 4), (244, 224, 204)))
+
+
+def test_pain_29_an_inverted_cmyk_jpeg_has_its_colours(processor):
+    data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)
+    assert b"Adobe" in data  # such files store 255 for no ink
+    assert Image.open(io.BytesIO(data)).mode == "CMYK"
+    assert same(processor, data, Image.new("RGB", (16, 16), "red"))
+
+
+def png(color_type: int, *samples: int, **chunks: bytes) -> bytes:
+    """A 4x4 PNG of one colour with 16 bits per sample, some kinds of which Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = (b"\0" + struct.pack(f">{len(samples)}H", *samples) * 4) * 4
+    extra = b"".join(chunk(name.encode(), data) for name, data in chunks.items())
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, color_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "colour"),
+    [
+        (png(0, 100 * 257), (100, 100, 100)),
+        (png(2, 100 * 257, 0, 255 * 257), (100, 0, 255)),
+        (png(4, 100 * 257, 65535), (100, 100, 100)),
+        (png(4, 100 * 257, 0), (255, 255, 255)),
+        (png(6, 100 * 257, 0, 255 * 257, 0), (255, 255, 255)),
+        (png(0, 100 * 257, tRNS=struct.pack(">H", 100 * 257)), (255, 255, 255)),
+        (png(0, 100 * 257, tRNS=struct.pack(">H", 101 * 257)), (100, 100, 100)),
+        (b"P5 4 4 65535\n" + struct.pack(">16H", *[100 * 257] * 16), (100, 100, 100)),
+        (b"P5 4 4 65535\n" + struct.pack(">16H", *[257] * 16), (1, 1, 1)),
+    ],
+    ids=["grey", "rgb", "grey alpha", "clear grey", "clear rgb", "clear key", "other key", "pgm", "dark pgm"],
+)
+def test_files_of_sixteen_bits_are_scaled_to_eight(data, colour, processor):
+    assert same(processor, data, Image.new("RGB", (4, 4), colour))
+
+
 @pytest.mark.parametrize("as_png", [True, False])
 def test_sixteen_bits_are_scaled_to_eight(as_png, processor):
     grey = np.asarray(picture(mode="L"))
@@ -156,29 +209,66 @@ def test_thirty_two_bit_pil_images_are_not_black(dtype, processor):
     assert same(processor, image, Image.fromarray(grey))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_rotated_photo_stands_upright(orientation, processor):
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
+
+
+def oriented(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", LOSSLESS)
+def test_a_rotated_photo_stands_upright(format, orientation, processor, tmp_path):
     stored = picture()
-    turns = Image.Transpose
-    upright = {
-        2: turns.FLIP_LEFT_RIGHT,
-        3: turns.ROTATE_180,
-        4: turns.FLIP_TOP_BOTTOM,
-        5: turns.TRANSPOSE,
-        6: turns.ROTATE_270,
-        7: turns.TRANSVERSE,
-        8: turns.ROTATE_90,
-    }
-    expected = stored.transpose(upright[orientation]) if orientation > 1 else stored
-    assert same(processor, encoded(stored, exif=exif), expected)
+    data = encoded(stored, format, exif=oriented(orientation), **LOSSLESS[format])
+    (tmp_path / "photo").write_bytes(data)
+    upright = stored.transpose(TURNS[orientation]) if orientation > 1 else stored
+    for source in (data, tmp_path / "photo", Image.open(io.BytesIO(data))):
+        assert same(processor, source, upright)
 
 
-def test_an_animation_gives_its_first_frame(processor):
-    first, second = picture(0, mode="P"), picture(1, mode="P")
-    data = encoded(first, "GIF", save_all=True, append_images=[second])
-    assert same(processor, data, Image.open(io.BytesIO(data)).convert("RGB"))
+def test_a_rotated_jpeg_stands_upright(processor):
+    stored = Image.open(io.BytesIO(encoded(picture(), "JPEG"))).convert("RGB")
+    data = encoded(picture(), "JPEG", exif=oriented(6))
+    assert same(processor, data, stored.transpose(TURNS[6]))
+    assert same(processor, Image.open(io.BytesIO(data)), stored.transpose(TURNS[6]))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"Exif\0\0neither nor", b"Exif\0\0II*\0\xff\xff\xff\xff", oriented(9).tobytes()])
+def test_a_photo_with_broken_exif_data_stays_as_it_is(exif, processor):
+    image = picture()
+    image.info["exif"] = exif
+    assert same(processor, image, picture())
+    assert same(processor, encoded(picture(), exif=exif), picture())
+
+
+ANIMATIONS = {"GIF": {}, "PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
+
+
+@pytest.mark.parametrize("format", ANIMATIONS)
+def test_an_animation_gives_its_first_frame_or_the_one_to_which_it_was_sought(format, processor, tmp_path):
+    first, second = Image.new("RGB", (9, 9), "red"), Image.new("RGB", (9, 9), "blue")
+    data = encoded(first, format, save_all=True, append_images=[second], **ANIMATIONS[format])
+    (tmp_path / "animation").write_bytes(data)
+    opened = Image.open(io.BytesIO(data))
+    assert opened.n_frames == 2
+    for source in (data, tmp_path / "animation", opened):
+        assert same(processor, source, first)
+    opened.seek(1)
+    assert same(processor, opened, second)
+    assert opened.tell() == 1
 
 
 @pytest.mark.parametrize(
@@ -242,6 +332,26 @@ def test_half_precision_is_rounded_to_the_nearest_level(processor):
     assert same(processor, tensor, Image.fromarray(expected))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_floats_may_miss_their_range_by_rounding_only(dtype, processor):
+    levels = np.asarray(picture())
+    for limit in (1, 255):
+        rounded = (levels / 255 * limit).astype(dtype)
+        rounded[0, 0], rounded[0, 1] = -1e-6 * limit, (1 + 1e-6) * limit
+        expected = levels.copy()
+        expected[0, 0], expected[0, 1] = 0, 255
+        assert same(processor, rounded, Image.fromarray(expected))
+        rounded[0, 1] = 1.02 * limit  # what a bicubic filter leaves behind; as one of 255 levels it would be black
+        with pytest.raises(ValueError, match=r"its values go from -\S+ to (1.0|260).* clipped"):
+            processor(rounded)
+
+
+def test_grey_arrays_with_alpha_are_laid_on_white(processor):
+    grey = np.asarray(picture(mode="L"))
+    assert same(processor, np.dstack([grey, np.full_like(grey, 255)]), Image.fromarray(grey))
+    assert same(processor, np.dstack([grey, np.zeros_like(grey)])[:9], Image.new("L", (90, 9), 255))
+
+
 def test_a_mask_is_black_and_white(processor):
     mask = np.asarray(picture(mode="L")) > 127
     assert same(processor, mask, Image.fromarray(mask.astype(np.uint8) * 255))
@@ -293,11 +403,40 @@ def test_batches_and_nested_lists_keep_their_order(processor):
         assert torch.equal(pixels(processor, nested), expected)
 
 
-def test_the_callers_image_stays_as_it_is(processor):
-    image = picture(mode="RGBA")
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_the_callers_image_stays_as_it_is_and_is_not_shared(mode, processor):
+    image = picture(0, (32, 32), mode)  # of the very size that the tower takes
     before = image.tobytes()
-    pixels(processor, image)
-    assert (image.mode, image.tobytes()) == ("RGBA", before)
+    result = pixels(processor, image)
+    assert (image.mode, image.tobytes()) == (mode, before)
+    kept = result.clone()
+    image.paste(0, (0, 0, 32, 32))
+    assert torch.equal(result, kept)
+    array = np.asarray(picture(0, (32, 32), mode)).copy()
+    result = pixels(processor, array)
+    array[:] = 0
+    assert torch.equal(result, kept)
+
+
+def test_the_callers_default_type_and_device_change_no_pixel():
+    processor = ImagePromptImageProcessor(size={"height": 20, "width": 30})  # settings that were not used before
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            inside = pixels(processor, picture())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (inside.dtype, inside.device.type) == (torch.float32, "cpu")
+    expected = create_transform(**processor.pretrained_cfg, is_training=False)(picture())
+    assert torch.equal(inside[0], expected) and torch.equal(pixels(processor, picture())[0], expected)
+
+
+def test_a_line_that_timm_cannot_resize_is_refused_with_its_size(processor):
+    line = Image.new("RGB", (3000, 1))
+    with pytest.raises(
+        ValueError, match=r"Image 1: timm's transform cannot resize 3000x1 pixels .* less extreme shape"
+    ):
+        processor([picture(), line], crop_mode="border")
 
 
 def test_greyscale_towers_get_one_channel():
