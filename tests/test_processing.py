@@ -1,12 +1,14 @@
 """The processor puts images where they belong, supervises exactly the suffix, and refuses what does not add up."""
 
+import base64
 import json
 import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture, tiny
+from conftest import max_difference, picture, tiny
+from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
@@ -114,6 +116,33 @@ def test_pain_06_rows_keep_the_result_they_have_alone(processor, images):
             assert torch.equal(next(pixels), image)
 
 
+def kinds_of(image, folder):
+    """The same picture in every form that an image may have."""
+    path = folder / "picture.png"
+    image.save(path)
+    data = path.read_bytes()
+    array = np.asarray(image).copy()
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    text = base64.b64encode(data).decode()
+    encoded = [path, str(path), data, bytearray(data), text, f"data:image/png;base64,{text}"]
+    return [image, Image.open(path), array, array / 255, tensor, tensor / 255, *encoded]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_every_kind_of_image_may_stand_in_a_row(nested, processor, images, tmp_path):
+    expected = processor(images[0], "A <image> dog", return_tensors="pt")
+    kinds = kinds_of(images[0], tmp_path)
+    for kind in kinds:
+        outputs = processor([[kind]] if nested else kind, "A <image> dog", return_tensors="pt")
+        assert all(torch.equal(outputs[key], expected[key]) for key in expected)
+    rows = [[kind] for kind in kinds] if nested else kinds
+    batch = processor(rows, "A <image> dog", return_tensors="pt")
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"].expand(len(kinds), -1, -1, -1))
+    row = processor([kinds], "A dog", return_tensors="pt")  # all in one row
+    assert torch.equal(row["pixel_values"], batch["pixel_values"])
+    assert (row["input_ids"] == processor.image_token_id).sum() == len(kinds) * TOKENS
+
+
 def test_columns_of_a_data_set_are_lists(processor, images):
     dataset = pytest.importorskip("datasets").Dataset.from_dict({"image": images[:2], "text": ["A", "B"]})
     from_columns = processor(dataset["image"], dataset["text"], return_tensors="pt")
@@ -160,6 +189,48 @@ def test_other_inputs_are_refused(keyword, processor):
 def test_an_unreadable_image_is_named(processor, images):
     with pytest.raises(ValueError, match=r"Image 1: no readable image in 'missing\.png'"):
         processor([images[0], "missing.png"], ["A", "B"])
+
+
+# --- few-shot
+
+SHOTS = ["It is a dog!\n", "What is it? Two cats.\n", "It is"]
+
+
+@torch.no_grad()
+def by_hand(model, processor, pieces, row_images):
+    """Logits of (image, piece) after (image, piece), from embeddings put together here."""
+    embeddings = []
+    for image, piece in zip(row_images, pieces, strict=True):
+        pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        features = model.get_image_features(pixel_values).pooler_output
+        embeddings.append(torch.as_tensor(features[0]))
+        embeddings.append(model.get_input_embeddings()(torch.tensor(ids(processor, piece))))
+    embeddings = torch.cat(embeddings)[None]
+    return model.lm_head(model.model.language_model(inputs_embeds=embeddings).last_hidden_state)[0]
+
+
+@torch.no_grad()
+def test_a_few_shot_prompt_gives_the_logits_of_hand_built_inputs(parts, images):
+    model, processor = parts
+    inputs = processor([images[:3]], ["<image>" + "<image>".join(SHOTS)], return_tensors="pt")
+    expected = [token for piece in SHOTS for token in image_ids(processor) + ids(processor, piece)]
+    assert inputs["input_ids"].tolist() == [expected]
+    expected = by_hand(model, processor, SHOTS, images[:3])
+    assert max_difference(model(**inputs).logits[0], expected) <= 1e-5
+    swapped = by_hand(model, processor, SHOTS, [images[1], images[0], images[2]])
+    assert max_difference(swapped, expected) > 1e-3  # or the comparison would say nothing
+
+
+@torch.no_grad()
+def test_pain_03_few_shot_and_zero_shot_rows_in_one_batch_give_what_they_give_alone(parts, images):
+    model, processor = parts
+    rows = [([images[0]], SHOTS[-1:]), (images[:3], SHOTS), (images[2:], SHOTS[1:])]
+    texts = ["<image>" + "<image>".join(pieces) for _, pieces in rows]
+    batch = processor([row_images for row_images, _ in rows], texts, padding=True, return_tensors="pt")
+    logits = model(**batch).logits
+    for row, (row_images, pieces) in enumerate(rows):
+        expected = by_hand(model, processor, pieces, row_images)
+        assert max_difference(logits[row, -len(expected) :], expected) <= 1e-5
 
 
 # --- labels
@@ -394,6 +465,72 @@ def test_a_chat_becomes_the_same_inputs_as_its_text(processor, images):
     expected = processor(images[0], "User: <image>What is it?\nAssistant:", return_tensors="pt")
     assert outputs.keys() == expected.keys()
     assert all(torch.equal(outputs[key], expected[key]) for key in expected)
+
+
+def test_system_text_may_be_a_text_or_a_list_with_images(processor, images):
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    question = {"role": "user", "content": "What is it?"}
+    written = [{"role": "system", "content": "Be brief."}, question]
+    listed = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, question]
+    assert processor.apply_chat_template(written) == processor.apply_chat_template(listed)
+    shown = [{"type": "text", "text": "Look: "}, {"type": "image", "image": images[0]}]
+    outputs = processor.apply_chat_template([{"role": "system", "content": shown}, question], **settings)
+    expected = processor(images[0], "Look: <image>\nUser: What is it?\n", return_tensors="pt")
+    assert all(torch.equal(outputs[key], expected[key]) for key in expected)
+
+
+def test_a_chat_may_have_several_images_in_several_turns_in_order(processor, images):
+    def user(*content):
+        parts = [{"type": "text", "text": c} if isinstance(c, str) else {"type": "image", "image": c} for c in content]
+        return {"role": "user", "content": parts}
+
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        user(images[3], "or", images[1], "?"),
+        {"role": "assistant", "content": [{"type": "text", "text": "A dog!"}]},
+        user("And ", images[0]),
+        {"role": "assistant", "content": "Two cats."},
+        user(images[2]),
+    ]
+    text = (
+        "Be brief.\nUser: <image>or<image>?\nAssistant: A dog!<|endoftext|>\n"
+        "User: And <image>\nAssistant: Two cats.<|endoftext|>\nUser: <image>\nAssistant:"
+    )
+    assert processor.apply_chat_template(turns, add_generation_prompt=True) == text
+    outputs = processor.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    expected = processor([[images[3], images[1], images[0], images[2]]], [text], return_tensors="pt")
+    assert outputs.keys() == expected.keys()
+    assert all(torch.equal(outputs[key], expected[key]) for key in expected)
+
+
+def test_an_image_of_a_chat_may_be_named_by_any_of_the_librarys_keys(processor, images, tmp_path):
+    images[0].save(tmp_path / "picture.png")
+    text = base64.b64encode((tmp_path / "picture.png").read_bytes()).decode()
+    uri = f"data:image/png;base64,{text}"
+    parts = [{"image": images[0]}, {"path": str(tmp_path / "picture.png")}, {"url": uri}, {"base64": text}]
+    content = [{"type": "image", **part} for part in parts] + [{"type": "image_url", "image_url": {"url": uri}}]
+    outputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert torch.equal(
+        outputs["pixel_values"], processor.image_processor(images[:1] * 5, return_tensors="pt")["pixel_values"]
+    )
+
+
+def test_text_of_a_chat_that_holds_a_mark_is_refused_without_its_image(processor, images):
+    with pytest.raises(ValueError, match="Row 0 has 2 <image> in its text but 1 images"):
+        processor.apply_chat_template(
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "<image>?"}],
+                }
+            ],
+            tokenize=True,
+            return_dict=True,
+        )
 
 
 def test_a_batch_of_chats_mixes_rows_with_and_without_images(processor, images):
