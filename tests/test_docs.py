@@ -1,17 +1,23 @@
-"""The commands in docs/ are commands that work."""
+"""The commands in docs/ are commands that work, its Python blocks run, and its figures are those measured."""
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+import typer
+from conftest import picture, tiny
 from transformers import HfArgumentParser, TrainingArguments
+from typer.testing import CliRunner
 
 from imageprompt.evaluation.evaluate import EvaluationArguments
 from imageprompt.training.train import DataArguments, ModelArguments, main
 
 DOCS = Path(__file__).parents[1] / "docs"
+# Pages whose Python blocks are executed here, each as one program, with a tiny `model` and its `processor` at hand.
+PYTHON_PAGES = ["preprocessing.md", "prompting.md"]
 COMMANDS = [
     shlex.split(command.replace("\\\n", " "))
     for page in sorted(DOCS.glob("*.md"))
@@ -25,6 +31,34 @@ def commands(*start: str) -> list[list[str]]:
     found = [command[len(start) :] for command in COMMANDS if command[: len(start)] == list(start)]
     assert found, f"no page shows {' '.join(start)}"
     return found
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES)
+def test_python_blocks_run_and_print_what_the_page_says(page, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("photo.jpg", "other.jpg", "dog.jpg", "cat.jpg", "photo.png")):
+        picture(seed).save(name)
+    model, processor = tiny(tokenizer)
+    namespace = {"model": model, "processor": processor}
+    blocks = re.findall(
+        r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert blocks
+    for code, shown in blocks:
+        exec(compile(code, page, "exec"), namespace)
+        assert capsys.readouterr().out == shown
+
+
+def test_every_page_with_python_is_executed_by_some_test():
+    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("*.py"))
+    pages = [page.name for page in DOCS.glob("*.md") if "```python" in page.read_text()]
+    assert pages and all(f'"{page}"' in tests for page in pages), pages
+
+
+def test_pages_link_to_what_exists():
+    for page in DOCS.glob("*.md"):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (DOCS / link).exists(), f"{page.name} links to {link}, which is not there"
 
 
 def test_options_exist():
@@ -58,3 +92,69 @@ def test_the_figures_of_the_captioning_page_are_those_measured():
     assert f"took {whole / 60:.0f} minutes" in page
     assert f"took {short:.0f} seconds" in page
     assert f"need {(1316 * short / 60 + 2 * 25) / 60:.0f} minutes" in page
+
+
+@pytest.mark.parametrize(
+    ("script", "less"),
+    [
+        ("sweep_preprocessing", {"names": lambda: ["resnet18.a1_in1k", "eva_giant_patch14_336.clip_ft_in1k"]}),
+        ("benchmark_preprocessing", {"NUM_PHOTOS": 2}),
+    ],
+)
+def test_preprocessing_commands_run_and_write_what_is_committed(script, less, shared_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(DOCS.parent)
+    (arguments,) = commands("python", f"scripts/{script}.py")
+    main = runpy.run_path(f"scripts/{script}.py")["main"]
+    for name, value in less.items():
+        monkeypatch.setitem(main.__globals__, name, value)
+    app = typer.Typer()
+    app.command()(main)
+    output = tmp_path / "report.json"
+    short = ["--rounds", "3"] if script.startswith("benchmark") else []
+    result = CliRunner().invoke(app, [*arguments, *short, "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    committed = DOCS / "preprocessing" / f"{script.removesuffix('_preprocessing')}.json"
+    assert json.loads(output.read_text()).keys() == json.loads(committed.read_text()).keys()
+
+
+def table(page: str, *first: str) -> dict[str, list[str]]:
+    """The rows of the table whose heading begins so, by their first cells."""
+    heading = " | ".join(first)
+    (rows,) = re.findall(rf"^\| {re.escape(heading)} .*\n\|[- |]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    cells = [row.strip("|").split("|") for row in rows.splitlines()]
+    return {" | ".join(c.strip() for c in row[: len(first)]): [c.strip() for c in row[len(first) :]] for row in cells}
+
+
+def test_the_figures_of_the_preprocessing_page_are_those_of_the_sweep():
+    measured = json.loads((DOCS / "preprocessing" / "sweep.json").read_text())
+    page = " ".join((text := (DOCS / "preprocessing.md").read_text()).split())
+    assert f"{measured['pretrained_configurations']:,} pretrained configurations" in page
+    assert f"{measured['architectures_without_weights']} architectures for which timm has no weights" in page
+    assert f"Each of the {measured['distinct_settings']:,} settings" in page
+    assert f"The largest difference of any value is {measured['largest_difference']}." in page
+    assert measured["unequal"] == {}
+    assert f"{measured['variants']['at its test size']['configurations']} configurations have another one" in page
+    for width, height in measured["pictures"].values():
+        assert f"{width}x{height}" in page
+    assert table(text, "settings") == {
+        name: [f"{row['configurations']:,}", str(row["distinct_settings"]), f"{row['equal']:,}"]
+        for name, row in measured["variants"].items()
+    }
+    levels = {name: int(cells[0]) for name, cells in table(text, "picture").items()}
+    assert levels == measured["levels_off_convert_rgb"]
+    (naflex,) = measured["not_offered"].values()
+    assert naflex and all(f"`{name}`" in page for name in naflex)
+
+
+def test_the_figures_of_the_preprocessing_page_are_those_of_the_benchmark():
+    measured = json.loads((DOCS / "preprocessing" / "benchmark.json").read_text())
+    page = (DOCS / "preprocessing.md").read_text()
+    shown = table(page, "photo", "source")
+    for result in measured["results"]:
+        width, height = result["photo_size"]
+        first, third = result["quartiles"]
+        figures = f"{result['ratio']:.2f} ({first:.2f} to {third:.2f})"
+        assert shown[f"{width}x{height} | {result['source']}"][result["batch_size"] > 1] == figures
+    assert len(measured["results"]) == 2 * len(shown)
+    assert f"median over {measured['rounds']} rounds" in page
+    assert f"Photos are {measured['photos']}, as stored and enlarged, for `{measured['backbone']}`" in page
