@@ -153,7 +153,7 @@ class ImagePromptConfig(PreTrainedConfig):
         if hasattr(self.text_config, "add_cross_attention"):
             self.text_config.add_cross_attention = self.fusion == "cross_attention"
         if self.tie_word_embeddings is None:
-            self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.trainable = dict.fromkeys(PARTS, True) | (self.trainable or {})
         self.num_image_tokens = resolve_num_image_tokens(self.connector, self.feature_grid, self.num_image_tokens)
         self.validate_parts()  # `@strict` would wrap the ValueError in an error class of its own

@@ -92,6 +92,15 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def initialize_weights(self):
+        """As the library's, the language model first and by itself.
+
+        Inside custom code the library skips modules whose weights are loaded, and with them constants that some
+        language models keep outside their checkpoints (falcon_h1's multipliers).
+        """
+        self.base_model.language_model.initialize_weights()
+        super().initialize_weights()
+
     @property
     def _parts(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of each part. Cross-attention is new, as the connector is; the head belongs to the text."""
@@ -425,16 +434,16 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
 class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, GenerationMixin):
     """The model with a language-modelling head: `generate`, training with `labels`, and `score`."""
 
-    # The input embeddings' name depends on the language model's family.
-    _tied_weights_keys = {
-        "lm_head.weight": r"model\.language_model\.(decoder\.)?(wte|embed_tokens|embed_in|word_embeddings)\.weight"
-    }
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: ImagePromptConfig):
         super().__init__(config)
         self.model = ImagePromptModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # The input embeddings' name depends on the language model's family.
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
         self.set_trainable(**config.trainable)
         # A placeholder is no word: it may not be generated.
@@ -542,18 +551,21 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         """`GenerationMixin.generate` for prompts that fit, padded on either side.
 
         Raises:
-            ValueError: if the longest prompt plus the new tokens needs more positions than the language model has;
-                images are not encoded then.
+            ValueError: if the longest prompt plus the new tokens needs more positions than the language model has, or
+                if the library would lose the images on the way; images are not encoded then.
         """
         for name in TOKEN_TYPES:
             kwargs.pop(name, None)
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        if kwargs.get("pixel_values") is None:
+            kwargs.pop("pixel_values", None)  # the library would encode what is not there
         mask = kwargs.get("attention_mask")
         prompt = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids")
         if prompt is not None:
             length = prompt.shape[1] if mask is None else int(mask.sum(-1).max())
             _check_positions(self.config, length, self._count_new_tokens(prompt.shape[1], generation_config, kwargs))
+        self._refuse_lost_images(generation_config, kwargs)
         if mask is not None and not mask[:, -1].all():
             kwargs |= _pad_left(kwargs)
         if kwargs.get("mm_encoder_outputs"):
@@ -581,15 +593,36 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def _count_new_tokens(self, padded_length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
-        """How many tokens `generate` may add, by the library's order of precedence; at least one."""
+        """How many tokens `generate` may add; at least one."""
+        new_tokens = self._setting("max_new_tokens", generation_config, kwargs)
+        if new_tokens is not None:
+            return new_tokens
+        return max(1, (self._setting("max_length", generation_config, kwargs) or 0) - padded_length)
+
+    def _setting(self, name: str, generation_config: GenerationConfig | None, kwargs: dict):
+        """A generation setting, by the library's order of precedence."""
         sources = (kwargs, *(config.to_dict() for config in (generation_config, self.generation_config) if config))
-        first = {
-            name: next((source[name] for source in sources if source.get(name) is not None), None)
-            for name in ("max_new_tokens", "max_length")
-        }
-        if first["max_new_tokens"] is not None:
-            return first["max_new_tokens"]
-        return max(1, (first["max_length"] or 0) - padded_length)
+        return next((source[name] for source in sources if source.get(name) is not None), None)
+
+    def _refuse_lost_images(self, generation_config: GenerationConfig | None, kwargs: dict) -> None:
+        if kwargs.get("inputs_embeds") is not None and self._setting("prefill_chunk_size", generation_config, kwargs):
+            raise ValueError("`prefill_chunk_size` cuts ids, not embeddings: pass `input_ids`, or no chunk size.")
+        if kwargs.get("pixel_values") is None and not kwargs.get("mm_encoder_outputs"):
+            return
+        assistant = kwargs.get("assistant_model")
+        early_exit = self._setting("assistant_early_exit", generation_config, kwargs)
+        if early_exit or isinstance(assistant, ImagePromptPreTrainedModel):
+            raise ValueError(
+                "The library shows an assistant no images: pass a language model without images as `assistant_model`, "
+                "and no `assistant_early_exit`."
+            )
+        if assistant is not None:
+            rows = assistant.get_input_embeddings().num_embeddings
+            if rows <= self.config.image_token_id:
+                raise ValueError(
+                    f"`assistant_model` has {rows} tokens and none for the placeholder {self.config.image_token_id}: "
+                    f"call `assistant_model.resize_token_embeddings({self.config.vocab_size})` first."
+                )
 
 
 class _BatchedAttention:
