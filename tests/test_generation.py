@@ -3,17 +3,26 @@
 The reference everywhere is the plainest loop there is: one row at a time, no cache, the whole model for every token.
 """
 
+import copy
+import itertools
+import re
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import BACKBONES, batch_inputs, max_difference, picture, row_inputs, tiny, tiny_gpt2
 from PIL import Image
 from transformers import (
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     GPT2LMHeadModel,
     LogitsProcessorList,
     StaticCache,
     SuppressTokensLogitsProcessor,
+    TextIteratorStreamer,
+    TextStreamer,
 )
 
 NEW_TOKENS = 6
@@ -63,6 +72,26 @@ def reference_greedy(model, inputs, new_tokens=NEW_TOKENS):
     return new
 
 
+def gpt2_of(model) -> GPT2LMHeadModel:
+    """The library's GPT-2 with this model's weights."""
+    gpt2 = GPT2LMHeadModel(model.config.text_config).eval()
+    gpt2.transformer.load_state_dict(model.model.language_model.state_dict())
+    gpt2.tie_weights()
+    return gpt2
+
+
+@torch.no_grad()
+def reference_outputs(model, inputs, new_ids, **kwargs):
+    """The whole model over one row and the tokens behind it, at once: no cache, no batch, no `generate`."""
+    ids = torch.cat([inputs["input_ids"], new_ids[None]], dim=1)
+    return model(input_ids=ids, pixel_values=inputs.get("pixel_values"), use_cache=False, **kwargs)
+
+
+def reference_logits(model, inputs, new_ids):
+    """The logits (len(new_ids), vocabulary) that each new token was chosen by."""
+    return reference_outputs(model, inputs, new_ids).logits[0, inputs["input_ids"].shape[1] - 1 : -1]
+
+
 def new_tokens(model, inputs, **kwargs):
     """The new tokens of every returned sequence, without the padding that follows an end."""
     output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
@@ -106,16 +135,21 @@ def test_one_row_without_padding_needs_no_mask(pair):
     [
         {"use_cache": False},
         {"cache_implementation": "static"},
+        {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", fullgraph=True)},
         {"prefill_chunk_size": 3},
         {"prompt_lookup_num_tokens": 2},
+        pytest.param({"cache_implementation": "offloaded"}, marks=pytest.mark.gpu),  # needs a device to offload from
+        pytest.param({"cache_implementation": "offloaded_static"}, marks=pytest.mark.gpu),
     ],
-    ids=lambda settings: next(iter(settings)),
+    ids=lambda settings: " ".join(map(str, settings.values())) if "cache_implementation" in settings else None,
 )
 def test_pain_23_every_way_to_decode_gives_the_same_tokens(pair, settings):
     model, processor = pair
     rows = ROWS[:1] if "prompt_lookup_num_tokens" in settings else ROWS
     expected = [reference_greedy(model, row_inputs(processor, row)) for row in rows]
-    assert new_tokens(model, batch_inputs(processor, rows), **settings) == expected
+    if "offloaded" in settings.get("cache_implementation", ""):
+        model = copy.deepcopy(model).to("cuda")
+    assert new_tokens(model, batch_inputs(processor, rows).to(model.device), **settings) == expected
 
 
 def test_beams_with_a_static_cache(pair):
@@ -211,9 +245,7 @@ def test_encoded_images_are_reused_and_left_as_they_are(pair):
 )
 def test_text_alone_generates_what_gpt2_generates(pair, settings):
     model, processor = pair
-    gpt2 = GPT2LMHeadModel(model.config.text_config).eval()
-    gpt2.transformer.load_state_dict(model.model.language_model.state_dict())
-    gpt2.tie_weights()
+    gpt2 = gpt2_of(model)
     inputs = processor(text=["A photo of", "What is it? It is"], padding=True, return_tensors="pt")
     settings = {"max_new_tokens": 12, "suppress_tokens": model.generation_config.suppress_tokens} | settings
     torch.manual_seed(3)
@@ -360,3 +392,239 @@ def test_token_types_are_dropped(pair):
     expected = model.generate(**inputs, max_new_tokens=4)
     types = {name: torch.ones_like(inputs["input_ids"]) for name in ("token_type_ids", "mm_token_type_ids")}
     assert torch.equal(model.generate(**inputs, **types, max_new_tokens=4), expected)
+
+
+# --- what generate tells about its choices
+
+
+ALL_OUTPUTS = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "eos_token_id": -1}
+
+
+def test_logits_and_scores_of_a_batch_are_those_of_its_rows(pair):
+    model, processor = pair
+    inputs = batch_inputs(processor, ROWS)
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **ALL_OUTPUTS)
+    for row, content in enumerate(ROWS):
+        expected = reference_logits(model, row_inputs(processor, content), output.sequences[row, -NEW_TOKENS:])
+        assert max_difference(torch.stack(output.logits)[:, row], expected) <= 1e-4
+        expected[:, model.config.image_token_id] = float("-inf")
+        scores = torch.stack(output.scores)[:, row]
+        assert torch.equal(scores.isinf(), expected.isinf())
+        assert max_difference(scores.softmax(-1), expected.softmax(-1)) <= 1e-5
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_samples_are_drawn_from_what_each_row_alone_would_be(pair, copies):
+    """Temperature and top-k by hand on the logits of the plain loop, and the same draws from the same seed."""
+    model, processor = pair
+    inputs, temperature, top_k = batch_inputs(processor, ROWS), 1.7, 20
+    settings = {"do_sample": True, "temperature": temperature, "top_k": top_k, "num_return_sequences": copies}
+    torch.manual_seed(3)
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, **settings, **ALL_OUTPUTS)
+    probabilities = []
+    for row, ids in enumerate(output.sequences[:, -NEW_TOKENS:]):
+        logits = reference_logits(model, row_inputs(processor, ROWS[row // copies]), ids)
+        logits[:, model.config.image_token_id] = float("-inf")
+        kept = logits >= logits.topk(top_k).values[:, -1:]
+        probabilities.append((logits / temperature).masked_fill(~kept, float("-inf")).softmax(-1))
+    expected = torch.stack(probabilities, dim=1)
+    assert max_difference(torch.stack(output.scores).softmax(-1), expected) <= 1e-5
+    torch.manual_seed(3)
+    draws = [torch.multinomial(step, num_samples=1)[:, 0] for step in expected]
+    assert torch.equal(torch.stack(draws, dim=1), output.sequences[:, -NEW_TOKENS:])
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0])
+def test_beam_scores_are_log_likelihoods(pair, length_penalty):
+    model, processor = pair
+    output = model.generate(
+        **batch_inputs(processor, ROWS),
+        max_new_tokens=NEW_TOKENS,
+        num_beams=4,
+        num_return_sequences=2,
+        length_penalty=length_penalty,
+        **ALL_OUTPUTS,
+    )
+    for sequence, score in enumerate(output.sequences_scores):
+        ids = output.sequences[sequence, -NEW_TOKENS:]
+        log_likelihoods = reference_logits(model, row_inputs(processor, ROWS[sequence // 2]), ids).log_softmax(-1)
+        expected = log_likelihoods.gather(1, ids[:, None]).sum() / NEW_TOKENS**length_penalty
+        assert max_difference(score, expected) <= 1e-4
+
+
+def test_states_and_attentions_of_cached_steps_are_those_of_the_whole_row(tokenizer):
+    model, processor = lively(tokenizer)
+    model.set_attn_implementation({"text_config": "eager"})
+    inputs = batch_inputs(processor, ROWS)
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **wanted, **ALL_OUTPUTS)
+    padded = inputs["input_ids"].shape[1]
+    for row, content in enumerate(ROWS):
+        alone = row_inputs(processor, content)
+        length = alone["input_ids"].shape[1]
+        whole = reference_outputs(model, alone, output.sequences[row, -NEW_TOKENS:], **wanted)
+        assert len(output.hidden_states) == len(output.attentions) == NEW_TOKENS
+        for layer, expected in enumerate(whole.hidden_states):
+            steps = torch.cat([step[layer][row] for step in output.hidden_states])[padded - length :]
+            assert max_difference(steps, expected[0, :-1]) <= 1e-4
+        for layer, expected in enumerate(whole.attentions):
+            last = output.attentions[-1][layer][row, :, 0]
+            assert last.shape == (model.config.num_attention_heads, padded + NEW_TOKENS - 1)
+            assert max_difference(last[:, padded - length :], expected[0, :, -2, :-1]) <= 1e-5
+            assert last[:, : padded - length].abs().max() <= 1e-6 if length < padded else True
+
+
+# --- rules for the words
+
+
+def constrained_greedy(model, inputs, allowed):
+    """The plain loop, where `allowed(new)` gives the ids that may follow."""
+    new = torch.empty(0, dtype=torch.long)
+    for _ in range(NEW_TOKENS):
+        logits = reference_outputs(model, inputs, new).logits[0, -1]
+        mask = torch.full_like(logits, float("-inf"))
+        mask[list(set(allowed(new.tolist())) - {model.config.image_token_id})] = 0.0
+        new = torch.cat([new, (logits + mask).argmax()[None]])
+    return new.tolist()
+
+
+def no_repeated_pair(prompt):
+    def allowed(new):
+        ids = prompt + new
+        seen = {second for first, second in itertools.pairwise(ids) if first == ids[-1]}
+        return set(range(400)) - seen
+
+    return allowed
+
+
+ANSWERS = [[66, 70, 90, 33, 40, 41], [66, 71, 80, 81, 82, 83], [300, 20, 21, 22, 23, 24]]
+
+
+def one_of_the_answers(new):
+    return {answer[len(new)] for answer in ANSWERS if answer[: len(new)] == new}
+
+
+@pytest.mark.parametrize("rule", ["prefix_allowed_tokens_fn", "bad_words_ids", "no_repeat_ngram_size"])
+def test_rules_for_words_hold_row_by_row(pair, rule):
+    model, processor = pair
+    inputs = batch_inputs(processor, ROWS)
+    length = inputs["input_ids"].shape[1]
+    favourites = {ids for row in ROWS for ids in reference_greedy(model, row_inputs(processor, row))}
+    settings = {
+        "prefix_allowed_tokens_fn": lambda row, ids: list(one_of_the_answers(ids[length:].tolist())),
+        "bad_words_ids": [[ids] for ids in favourites],
+        "no_repeat_ngram_size": 2,
+    }
+    output = model.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, **{rule: settings[rule]}
+    )
+    for row, content in enumerate(ROWS):
+        alone = row_inputs(processor, content)
+        # Placeholders repeat too, and padding stands in front of a short row: only words follow from words here.
+        allowed = {
+            "prefix_allowed_tokens_fn": one_of_the_answers,
+            "bad_words_ids": lambda new: set(range(400)) - favourites,
+            "no_repeat_ngram_size": no_repeated_pair(alone["input_ids"][0].tolist()),
+        }[rule]
+        assert output[row, length:].tolist() == constrained_greedy(model, alone, allowed)
+
+
+# --- streams, assistants, caches
+
+
+def test_streams_give_the_same_words(pair, capsys):
+    model, processor = pair
+    inputs = row_inputs(processor, ROWS[0])
+    expected = processor.decode(reference_greedy(model, inputs), skip_special_tokens=True)
+    pieces = TextIteratorStreamer(processor, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    thread = threading.Thread(target=lambda: model.generate(**inputs, max_new_tokens=NEW_TOKENS, streamer=pieces))
+    thread.start()
+    assert "".join(pieces) == expected != ""
+    thread.join()
+    streamer = TextStreamer(processor, skip_prompt=True, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=NEW_TOKENS, streamer=streamer)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.parametrize("assistant", ["other", "itself"])
+def test_an_assistant_without_images_changes_nothing(pair, assistant):
+    model, processor = pair
+    torch.manual_seed(7)
+    other = GPT2LMHeadModel(tiny_gpt2(n_layer=1, vocab_size=model.config.vocab_size, initializer_range=0.2)).eval()
+    for row in ROWS:
+        inputs = row_inputs(processor, row)
+        helper = other if assistant == "other" else gpt2_of(model)
+        assert new_tokens(model, inputs, assistant_model=helper) == [reference_greedy(model, inputs)]
+
+
+def test_assistants_that_would_get_no_images_are_refused(tokenizer, pair):
+    model, processor = pair
+    inputs, calls = row_inputs(processor, ROWS[0]), count_tower_calls(model)
+    layers = model.config.text_config.num_hidden_layers
+    small = GPT2LMHeadModel(tiny_gpt2(vocab_size=model.config.image_token_id))
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    for settings, message in (
+        ({"assistant_model": lively(tokenizer)[0]}, "shows an assistant no images"),
+        ({"assistant_early_exit": 1}, "shows an assistant no images"),
+        ({"assistant_model": small}, r"none for the placeholder.*resize_token_embeddings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**inputs, max_new_tokens=2, **settings)
+    with pytest.raises(ValueError, match="cuts ids, not embeddings"):
+        model.generate(inputs_embeds=embeds, pixel_values=inputs["pixel_values"], prefill_chunk_size=3)
+    assert calls == [] and model.config.text_config.num_hidden_layers == layers
+    text = row_inputs(processor, ROWS[1])  # without images, an assistant of our own is one like any other
+    assert new_tokens(model, text, assistant_model=lively(tokenizer)[0]) == [reference_greedy(model, text)]
+
+
+def test_a_quantised_cache_does_here_what_it_does_to_gpt2(pair):
+    pytest.importorskip("optimum.quanto")
+    model, processor = pair
+    backend = {"backend": "quanto", "nbits": 4, "axis_key": 0, "axis_value": 0, "q_group_size": 32}
+    settings = {"cache_implementation": "quantized", "cache_config": backend | {"residual_length": 4}}
+    settings |= {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True}
+    settings |= {"return_dict_in_generate": True, "eos_token_id": -1}
+    inputs = row_inputs(processor, ROWS[0])
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    embeds[:, : processor.num_image_tokens] = model.get_image_features(inputs["pixel_values"]).pooler_output
+    suppressed = {"suppress_tokens": model.generation_config.suppress_tokens}
+    expected = gpt2_of(model).generate(inputs_embeds=embeds, **settings, **suppressed)
+    output = model.generate(**inputs, **settings)
+    assert torch.equal(output.sequences[:, -NEW_TOKENS:], expected.sequences)
+    assert max_difference(torch.stack(output.logits), torch.stack(expected.logits)) <= 1e-5
+    whole = reference_logits(model, inputs, output.sequences[0, -NEW_TOKENS:])
+    assert max_difference(torch.stack(output.logits)[:, 0], whole) > 1e-3  # four bits are not thirty-two
+
+
+def test_a_conversation_goes_on_with_another_image(pair):
+    """Behind a cache, only the new images are passed; all of them, or none, are refused."""
+    model, processor = pair
+    first = row_inputs(processor, ROWS[0])
+    second = processor(images=[GREEN], text=["<image> What is it?"], return_tensors="pt")
+    cache = DynamicCache(config=model.config.text_config)
+    ids = model.generate(**first, past_key_values=cache, max_new_tokens=3)
+    ids = torch.cat([ids, second["input_ids"]], dim=1)
+    both = torch.cat([first["pixel_values"], second["pixel_values"]])
+    expected = reference_greedy(model, {"input_ids": ids, "pixel_values": both})
+    for pixels, message in ((both, "4 placeholders for 8"), (None, "4 placeholders for 0")):
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, pixel_values=pixels, past_key_values=copy.deepcopy(cache), max_new_tokens=2)
+    output = model.generate(
+        ids, pixel_values=second["pixel_values"], past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    assert output[0, ids.shape[1] :].tolist() == expected
+
+
+def test_the_blocks_of_the_generation_page_run(pair, tmp_path, monkeypatch):
+    model, processor = pair
+    page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 3
+    monkeypatch.chdir(tmp_path)
+    RED.save("photo.jpg")
+    GREEN.save("other.jpg")
+    namespace = {"model": model, "processor": processor}
+    for block in blocks:
+        exec(compile(block, "generation.md", "exec"), namespace)
+    assert namespace["chosen"] in namespace["answers"]
+    assert namespace["answer"] in namespace["answers"]
