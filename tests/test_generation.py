@@ -135,7 +135,6 @@ def test_one_row_without_padding_needs_no_mask(pair):
     [
         {"use_cache": False},
         {"cache_implementation": "static"},
-        {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", fullgraph=True)},
         {"prefill_chunk_size": 3},
         {"prompt_lookup_num_tokens": 2},
         pytest.param({"cache_implementation": "offloaded"}, marks=pytest.mark.gpu),  # needs a device to offload from
@@ -150,6 +149,22 @@ def test_pain_23_every_way_to_decode_gives_the_same_tokens(pair, settings):
     if "offloaded" in settings.get("cache_implementation", ""):
         model = copy.deepcopy(model).to("cuda")
     assert new_tokens(model, batch_inputs(processor, rows).to(model.device), **settings) == expected
+
+
+def test_pain_23_generate_compiles_its_decoding_without_graph_breaks(pair):
+    model, processor = pair
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=backend, fullgraph=True, mode=None)
+    config._compile_all_devices = True  # the library compiles on accelerators alone, unless told so
+    expected = [reference_greedy(model, row_inputs(processor, row)) for row in ROWS]
+    settings = {"cache_implementation": "static", "compile_config": config}
+    assert new_tokens(model, batch_inputs(processor, ROWS), **settings) == expected
+    assert graphs
 
 
 def test_beams_with_a_static_cache(pair):
