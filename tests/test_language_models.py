@@ -84,7 +84,7 @@ def test_the_page_shows_what_was_measured():
 def test_a_wrong_model_would_be_found(tokenizer, monkeypatch):
     """The sweep's checks can fail: here the padding of a batch moves its positions."""
     monkeypatch.setattr("imageprompt.modeling.positions_from_mask", lambda mask, length: torch.arange(length)[None])
-    monkeypatch.setattr("imageprompt.composing.TEXT_CHECKS", {})
+    monkeypatch.setattr("imageprompt.language_models.TEXT_CHECKS", {})
     result = sweep.refusal_or_check("gpt2", sweep.byte_tokenizer())
     assert result["verdict"] == "wrong" and "rows padded on the left" in result["reason"]
 
@@ -101,10 +101,10 @@ def test_a_wrong_model_would_be_found(tokenizer, monkeypatch):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_each_check_finds_positions_that_padding_moves(tokenizer, monkeypatch, check, break_it):
-    from imageprompt import composing
+    from imageprompt import language_models
 
     monkeypatch.setattr("imageprompt.modeling.positions_from_mask", break_it)
-    monkeypatch.setattr("imageprompt.composing.TEXT_CHECKS", {check: composing.TEXT_CHECKS[check]})
+    monkeypatch.setattr("imageprompt.language_models.TEXT_CHECKS", {check: language_models.TEXT_CHECKS[check]})
     with pytest.raises(ValueError, match=rf"plain head on a decoder: {check}, its logits differ"):
         tiny(tokenizer, text_config=tiny_gpt2(initializer_range=0.1))
 

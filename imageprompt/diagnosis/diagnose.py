@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import AutoConfig, GPT2Config, PreTrainedConfig
 
-from ..composing import _loading, _prepare_tokenizer, _refuse_foreign_training
+from ..composing import loading, prepare_tokenizer, refuse_foreign_training
 from ..configuration import ImagePromptConfig
 from ..image_processing import ImagePromptImageProcessor
 from ..processing import ImagePromptProcessor
@@ -141,19 +141,19 @@ def _compose_pair(
     if isinstance(text, PreTrainedConfig):
         text_config = copy.deepcopy(text)
     else:
-        with _loading(text):
+        with loading(text):
             text_config = AutoConfig.from_pretrained(text)
         tokenizer = tokenizer if tokenizer is not None else text
     if tokenizer is None:
         report.checks.append(Check("tokenizer", "warning", "None was given, so none was checked; training needs one."))
     else:
         with _as_check(report, "tokenizer"):
-            tokenizer = _prepare_tokenizer(tokenizer, text_config)
+            tokenizer = prepare_tokenizer(tokenizer, text_config)
             text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
             config_fields["image_token_id"] = tokenizer.image_token_id
     if pretrained:
         with _as_check(report, "preprocessing", "is what the weights were trained with"):
-            _refuse_foreign_training(preprocessing or {}, trained)
+            refuse_foreign_training(preprocessing or {}, trained)
     with _as_check(report, "composition"):
         config_fields = {name: value for name, value in config_fields.items() if value is not None}
         config = ImagePromptConfig.from_backbones(

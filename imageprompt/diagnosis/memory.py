@@ -8,6 +8,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ def fake_loss(model: ImagePromptForConditionalGeneration, plan: Plan) -> tuple[T
 
 def _fake_batch(
     model: ImagePromptForConditionalGeneration, rows: int, length: int, plan: Plan, num_beams: int = 1
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Inputs of so many rows, with images encoded once for all beams of a row, as `generate` does it."""
     config, images = model.config, rows // num_beams * plan.images_per_row
     batch = {
