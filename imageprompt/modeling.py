@@ -51,10 +51,13 @@ class ImagePromptModelOutput(BaseModelOutputWithPast):
         last_hidden_state (`Tensor`): (rows, positions, text width).
         past_key_values (`Cache`, *optional*): keys and values of the positions so far.
         hidden_states, attentions (`tuple[Tensor]`, *optional*): of the language model, one per layer.
+        cross_attentions (`tuple[Tensor]`, *optional*):
+            With cross-attention, weights of each row's image tokens, (rows, heads, positions, image tokens) per layer.
         image_hidden_states (`Tensor`, *optional*): (images, num_image_tokens, text width), as put into the sequence.
     """
 
     image_hidden_states: Tensor | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -66,7 +69,8 @@ class ImagePromptCausalLMOutput(ModelOutput):
         logits (`Tensor`, *optional*):
             (rows, positions kept, vocabulary). `None` in training with `labels`: there the head runs only on the
             supervised positions, and nothing but the loss is kept.
-        past_key_values, hidden_states, attentions, image_hidden_states: as in [`ImagePromptModelOutput`].
+        past_key_values, hidden_states, attentions, image_hidden_states, cross_attentions: as in
+            [`ImagePromptModelOutput`].
     """
 
     loss: Tensor | None = None
@@ -75,6 +79,7 @@ class ImagePromptCausalLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 class ImagePromptPreTrainedModel(PreTrainedModel):
@@ -349,6 +354,7 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_tokens,
+            cross_attentions=outputs.get("cross_attentions"),
         )
 
     def _put_images_in_text(
@@ -520,6 +526,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            cross_attentions=outputs.cross_attentions,
         )
 
     def _supervised(self, hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

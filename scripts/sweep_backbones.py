@@ -67,6 +67,37 @@ def main(
             results[name] = {"module": module, **size, **try_backbone(name, model_args)}
             gc.collect()
         write(output, results, left_out)
+    if not every:
+        print(table(results))
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, a line for each module."""
+    lines = ["| module | tried with | layout | grid | width | notes |", "| --- " * 6 + "|"]
+    for name, result in sorted(results.items(), key=lambda item: item[1]["module"]):
+        if "error" in result:
+            lines.append(f"| {result['module']} | {name} | | | | {result['error']} |")
+            continue
+        notes = []
+        if model_args := result.get("model_args"):
+            notes.append("with " + ", ".join(f"{key}={value}" for key, value in model_args.items()))
+        if result["prefix_tokens"]:
+            notes.append(f"{result['prefix_tokens']} class or register tokens left out")
+        if result["feature_layer"] is not None:
+            notes.append(f"`feature_layer={result['feature_layer']}`")
+        if not result["checkpointing"]:
+            notes.append("no activation checkpointing")
+        if not result["summary"]:
+            notes.append("no summary")
+        if not result["earlier_blocks"]:
+            notes.append("no earlier blocks")
+        grid = "x".join(map(str, result["grid"]))
+        size = "x".join(map(str, result["input_size"][1:]))
+        lines.append(
+            f"| {result['module']} | {name} | {result['layout']} | {grid} of {size} pixels | {result['width']} | "
+            f"{'; '.join(notes)} |"
+        )
+    return "\n".join(lines)
 
 
 def write(output: Path, results: dict[str, Any], left_out: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from imageprompt.training.train import DataArguments, ModelArguments, main
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Pages whose Python blocks are executed here, each as one program, with a tiny `model` and its `processor` at hand.
-PYTHON_PAGES = ["preprocessing.md", "prompting.md"]
+PYTHON_PAGES = ["connectors.md", "preprocessing.md", "prompting.md"]
 COMMANDS = [
     shlex.split(command.replace("\\\n", " "))
     for page in sorted(DOCS.glob("*.md"))

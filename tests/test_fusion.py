@@ -209,6 +209,22 @@ def test_an_image_may_come_after_text_in_the_cache_but_not_after_images(pair):
         model(**step, past_key_values=cache)
 
 
+@torch.no_grad()
+def test_attention_weights_say_what_a_position_read(tokenizer):
+    model, processor = beside(tokenizer)
+    model.set_attn_implementation({"text_config": "eager"})
+    inputs = batch_inputs(processor, ROWS)
+    outputs = model(**inputs, output_attentions=True)
+    passed = (inputs["input_ids"] == model.config.image_token_id).cumsum(-1)
+    assert len(outputs.cross_attentions) == len(outputs.attentions) == 2
+    for weights in outputs.cross_attentions:
+        assert weights.shape == (3, 2, inputs["input_ids"].shape[1], 2 * model.config.num_image_tokens)
+        first, second = weights.unflatten(-1, (2, -1)).sum(-1).unbind(-1)
+        one, both = (passed == 1)[:, None].expand_as(first), (passed == 2)[:, None].expand_as(first)
+        assert torch.allclose(first[one], torch.ones(())) and not second[one].any()
+        assert torch.allclose((first + second)[both], torch.ones(())) and (second[both] > 0).all()
+
+
 def test_embeddings_stand_in_for_ids(pair):
     model, processor = pair
     inputs = batch_inputs(processor, ROWS)

@@ -55,8 +55,8 @@ def test_pain_03_a_row_has_the_logits_it_has_alone(pairs, data):
     batch = data.draw(st.lists(rows(), min_size=1, max_size=4))
     inputs = batch_inputs(processor, batch, padding_side=data.draw(st.sampled_from(["left", "right"])))
     logits = model(**inputs).logits
-    # bf16 keeps 8 bits: two roundings of logits of this size lie up to a few hundredths apart.
-    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    # bf16 keeps 8 bits of each number on the way; a wrong position moves logits by ten times as much.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-5
     for row, mask, got in zip(batch, inputs["attention_mask"], logits, strict=True):
         alone = model(**row_inputs(processor, row)).logits[0]
         assert max_difference(got[mask.bool()], alone) <= tolerance * max(1, alone.abs().max())

@@ -223,11 +223,11 @@ def test_pain_10_a_backbone_that_cannot_checkpoint_says_so(tokenizer, caplog):
 # --- several processes
 
 
-def distributed_step(rank, folder, tokenizer, frozen):
+def distributed_step(rank, folder, tokenizer, settings):
     """Rank 0 has images, rank 1 only text; both must finish, with the same gradients."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, processor = tiny(tokenizer, trainable=dict.fromkeys(frozen, False))
+    model, processor = tiny(tokenizer, **settings)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     without_statistics(model.train())
     parallel = nn.parallel.DistributedDataParallel(model)
@@ -244,20 +244,22 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_pain_07_a_batch_without_images_reaches_the_image_parts_and_changes_nothing(
-    tokenizer, process_group, checkpointing
+    tokenizer, process_group, checkpointing, fusion
 ):
-    model, processor = tiny(tokenizer)
+    model, processor = tiny(tokenizer, fusion=fusion)
     model.train()
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     norms[0].eval()  # as users do who freeze only some statistics
     before = [norm.running_mean.clone() for norm in norms]
     if checkpointing:
         model.activation_checkpointing_enable()
-    model(**batch(processor, [(None, "Two cats on a", " red sofa.")])).loss.backward()
-    assert all(p.grad is not None for p in model.model.connector.parameters())
-    assert all(p.grad is not None for p in model.model.vision_tower.parameters())
+    loss = model(**batch(processor, [(None, "Two cats on a", " red sofa.")])).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not any(p.grad.any() for p in model.model.vision_tower.parameters())
     assert [norm.training for norm in norms] == [False] + [True] * (len(norms) - 1)
     assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
 
@@ -292,16 +294,20 @@ def test_score_leaves_dropout_out_and_the_mode_as_it_was(tokenizer):
     assert [module.training for module in model.modules()] == modes
 
 
-@pytest.mark.parametrize("frozen", [(), ("vision",)], ids=["all learn", "tower frozen"])
-def test_pain_07_a_process_without_images_does_not_stop_the_others(tokenizer, tmp_path, frozen):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"trainable": {"vision": False}}, {"fusion": "cross_attention"}],
+    ids=["all learn", "tower frozen", "cross-attention"],
+)
+def test_pain_07_a_process_without_images_does_not_stop_the_others(tokenizer, tmp_path, settings):
     torch.multiprocessing.start_processes(
-        distributed_step, args=(os.fspath(tmp_path), tokenizer, frozen), nprocs=2, start_method="spawn"
+        distributed_step, args=(os.fspath(tmp_path), tokenizer, settings), nprocs=2, start_method="spawn"
     )
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert_same_gradients(first, second, tolerance=0)
 
     torch.manual_seed(0)
-    model, processor = tiny(tokenizer, trainable=dict.fromkeys(frozen, False))
+    model, processor = tiny(tokenizer, **settings)
     without_statistics(model.train())
     losses = [model(**batch(processor, [row])).loss for row in ROWS[:2]]
     assert_same_gradients(first, gradients(model, sum(losses) / 2))
