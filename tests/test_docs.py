@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import typer
 from conftest import picture, tiny
 from transformers import HfArgumentParser, TrainingArguments
@@ -158,3 +160,40 @@ def test_the_figures_of_the_preprocessing_page_are_those_of_the_benchmark():
     assert len(measured["results"]) == 2 * len(shown)
     assert f"median over {measured['rounds']} rounds" in page
     assert f"Photos are {measured['photos']}, as stored and enlarged, for `{measured['backbone']}`" in page
+
+
+def script(name: str) -> dict:
+    """What scripts/`name`.py defines."""
+    return runpy.run_path(str(DOCS.parent / "scripts" / f"{name}.py"))
+
+
+def test_the_tables_of_backbones_and_connectors_are_those_measured():
+    measured = json.loads((DOCS / "backbones" / "families.json").read_text())
+    page = (DOCS / "backbones.md").read_text()
+    assert script("sweep_backbones")["table"](measured["models"]) in page
+    assert f"**{measured['works']} of {measured['tried']} work**" in page
+    assert {result["module"] for result in measured["models"].values()} == set(timm.list_modules())
+    distance = max(result["row_distance"] for result in measured["models"].values())
+    assert f"alone by at most {distance:.1e}" in " ".join(page.split())
+
+    costs = json.loads((DOCS / "connectors" / "connectors.json").read_text())["backbones"]
+    definitions = script("describe_connectors")
+    assert definitions["table"](costs) in (DOCS / "connectors.md").read_text()
+    assert costs["resnet50"]["mlp"] == definitions["describe"]("resnet50", {"input_size": (3, 256, 256)}, "mlp")
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "crossvit_tiny_240", "test_vit"])
+def test_the_sweep_of_backbones_runs(name):
+    measured = json.loads((DOCS / "backbones" / "families.json").read_text())["models"].get(name, {})
+    result = script("sweep_backbones")["try_backbone"](name, {})
+    assert "error" not in result
+    kept = ("layout", "grid", "width", "prefix_tokens", "feature_layer", "checkpointing", "earlier_blocks", "summary")
+    assert {key: result[key] for key in kept if key in measured} == {key: measured[key] for key in kept if measured}
+
+
+def test_the_sweep_of_backbones_finds_what_does_not_hold(monkeypatch):
+    monkeypatch.setattr("imageprompt.modeling.positions_from_mask", lambda mask, length: torch.arange(length)[None])
+    monkeypatch.setattr("imageprompt.language_models.TEXT_CHECKS", {})
+    assert script("sweep_backbones")["try_backbone"]("test_resnet", {})["error"].startswith(
+        "AssertionError: rows differ from the batch by"
+    )
