@@ -247,9 +247,12 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             expected = num_images * num_tokens if self.config.fusion == "prefix" else num_images
         torch_compilable_check(
             num_placeholders == expected,
-            f"Image features and image tokens do not match: {num_placeholders} placeholders for {expected} that the "
-            f"images take ({self.config.image_seq_length} each). Pass input_ids and pixel_values from one call of the "
-            "processor that was saved with this model.",
+            # Only written when it is needed: it reads a tensor.
+            lambda: (
+                f"Image features and image tokens do not match: {num_placeholders} placeholders for {expected} that "
+                f"the images take ({self.config.image_seq_length} each). Pass input_ids and pixel_values from one call "
+                "of the processor that was saved with this model."
+            ),
         )
         return mask.unsqueeze(-1)
 
@@ -406,14 +409,15 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         passed = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         if placeholders is not None:
             passed = placeholders.cumsum(-1)
+        if cache is not None and cache.images_passed is not None:
+            passed = passed + cache.images_passed
+        if placeholders is not None:
+            torch_compilable_check(
+                (passed[:, -1] * self.config.num_image_tokens <= mask.sum(-1)).all(),
+                "Image features and image tokens do not match: a row has more placeholders than images.",
+            )
         if cache is not None:
-            if cache.images_passed is not None:
-                passed = passed + cache.images_passed
             cache.image_mask, cache.images_passed = mask, passed[:, -1:]
-        torch_compilable_check(
-            (passed[:, -1] * self.config.num_image_tokens <= mask.sum(-1)).all(),
-            "Image features and image tokens do not match: a row has more placeholders than images.",
-        )
         if self.language_model.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError("Cross-attention runs with `attn_implementation` 'sdpa' or 'eager' only.")
         scores = attention_to_images(mask, passed, self.config.num_image_tokens, inputs_embeds.dtype)
