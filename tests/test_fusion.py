@@ -12,6 +12,7 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
+    StaticCache,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -223,6 +224,30 @@ def test_attention_weights_say_what_a_position_read(tokenizer):
         one, both = (passed == 1)[:, None].expand_as(first), (passed == 2)[:, None].expand_as(first)
         assert torch.allclose(first[one], torch.ones(())) and not second[one].any()
         assert torch.allclose((first + second)[both], torch.ones(())) and (second[both] > 0).all()
+
+
+def test_pain_23_decoding_compiles_without_graph_breaks(pair):
+    model, processor = pair
+    inputs = row_inputs(processor, ROWS[2])
+    length, config = inputs["input_ids"].shape[1], model.config.text_config
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        caches = [
+            model(**inputs, past_key_values=StaticCache(config=config, max_cache_len=32), use_cache=True)
+            for _ in range(2)
+        ]
+        step = {"input_ids": torch.tensor([[7]]), "position_ids": torch.tensor([[length]])}
+        expected = model(**step, past_key_values=caches[0].past_key_values).logits
+        assert max_difference(compiled(**step, past_key_values=caches[1].past_key_values).logits, expected) <= 1e-5
+
+
+def test_a_cache_that_is_used_again_forgets_the_images_before(pair):
+    model, processor = pair
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    for row in (ROWS[0], ROWS[1], ROWS[2]):
+        inputs = row_inputs(processor, row)
+        assert new_tokens(model, inputs, past_key_values=cache) == [reference_greedy(model, inputs)]
+        cache.reset()
 
 
 def test_embeddings_stand_in_for_ids(pair):
