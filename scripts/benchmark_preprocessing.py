@@ -7,8 +7,6 @@ In every round each side processes the same photos, in turns first, and what cou
 
 import io
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -18,17 +16,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import PIL
 import timm
 import torch
-import torchvision
-import transformers
 import typer
 from PIL import Image, ImageFilter
 from timm.data import create_transform, resolve_data_config
 from tqdm.auto import tqdm
 
-from imageprompt import ImagePromptImageProcessor, __version__
+from imageprompt import ImagePromptImageProcessor
+from imageprompt.provenance import provenance
 
 BACKBONE = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 NUM_PHOTOS = 32
@@ -124,15 +120,7 @@ def main(
         "backbone": BACKBONE,
         "photos": f"{NUM_PHOTOS} of {photos.name}" if photos else f"{NUM_PHOTOS} made up",
         "rounds": rounds,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 used",
-        "versions": {
-            "imageprompt": __version__,
-            "pillow": PIL.__version__,
-            "timm": timm.__version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "transformers": transformers.__version__,
-        },
+        **provenance(),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n")

@@ -9,14 +9,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import timm
 import torch
-import transformers
 import typer
 from transformers import GPT2Config
 
 from imageprompt import ImagePromptConfig
 from imageprompt.connectors import CONNECTORS, build_connector
+from imageprompt.provenance import provenance
 
 BACKBONES = {"vit_small_patch16_224": {}, "resnet50": {"input_size": (3, 256, 256)}}
 
@@ -26,9 +25,8 @@ def main(output: Annotated[Path, typer.Option(help="JSON file.")]) -> None:
         name: {connector: describe(name, preprocessing, connector) for connector in CONNECTORS}
         for name, preprocessing in BACKBONES.items()
     }
-    versions = {package.__name__: package.__version__ for package in (torch, timm, transformers)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"versions": versions, "backbones": backbones}, indent=1) + "\n")
+    output.write_text(json.dumps({**provenance(), "backbones": backbones}, indent=1) + "\n")
     print(table(backbones))
 
 

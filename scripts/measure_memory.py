@@ -6,18 +6,16 @@ writes the growth of the process's resident memory at its peak, and the expected
 
 import json
 import os
-import platform
 import resource
 import sys
 from pathlib import Path
 
-import timm
 import torch
-import transformers
 from transformers import GPT2Config, set_seed
 
 from imageprompt import ImagePromptConfig, ImagePromptForConditionalGeneration
 from imageprompt.diagnosis import Plan, diagnose
+from imageprompt.provenance import provenance
 
 SEED = 0
 SETTINGS = {"n_layer": 4, "n_embd": 256, "n_head": 4}
@@ -59,8 +57,7 @@ def main(output: Path) -> None:
         "model": {"vision": "resnet18", "text": SETTINGS},
         "plan": {"batch_size": PLAN.batch_size, "text_tokens": PLAN.text_tokens, "dtype": PLAN.dtype},
         "seed": SEED,
-        "versions": {library.__name__: library.__version__ for library in (torch, transformers, timm)},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        **provenance(),
     }
     output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

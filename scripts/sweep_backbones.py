@@ -10,8 +10,6 @@ is completed, so that a long run can be broken off. `docs/backbones.md` shows th
 
 import gc
 import json
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +26,7 @@ from tqdm import tqdm
 from transformers import GPT2Config
 
 from imageprompt import ImagePromptForConditionalGeneration, ImagePromptProcessor, compose
+from imageprompt.provenance import provenance
 from imageprompt.training.quickstart import train_tokenizer
 from imageprompt.vision import probe_features, resolve_backbone
 
@@ -102,9 +101,7 @@ def table(results: dict[str, Any]) -> str:
 
 def write(output: Path, results: dict[str, Any], left_out: dict[str, str]) -> None:
     facts = {
-        "versions": {package.__name__: package.__version__ for package in (torch, timm, transformers)},
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
+        **provenance(),
         "seed": SEED,
         "works": sum("error" not in result for result in results.values()),
         "tried": len(results),
@@ -184,7 +181,7 @@ def check(name: str, model_args: dict[str, Any]) -> dict[str, Any]:
         expect(same_weights(model, loaded), "the reloaded weights differ")
         # The same weights at other addresses may take other kernels, so not to the last bit.
         reloaded = (loaded(**inputs[0]).logits[0, -1] - logits[0]).abs().max().item()
-        expect(reloaded <= 1e-6 * scale, f"the reloaded model differs by {reloaded:.2g}")
+        expect(reloaded <= 1e-5 * scale, f"the reloaded model differs by {reloaded:.2g}")
         expect(
             torch.equal(loaded.generate(**together, max_new_tokens=4), ids), "the reloaded model says something else"
         )

@@ -7,11 +7,8 @@ ends with an error, because such a model would be silently wrong.
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from imageprompt import compose
+from imageprompt.provenance import provenance
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, RESULTS = DOCS / "language-models.md", DOCS / "language-models" / "sweep.json"
@@ -274,10 +272,8 @@ def main() -> None:
         results[name] = refusal_or_check(name, tokenizer)
         print(name, json.dumps(results[name]), flush=True)
     if not arguments.model_types:
-        versions = {package: version(package) for package in ("torch", "transformers", "timm")}
-        facts = {"versions": versions, "python": platform.python_version(), "machine": platform.machine()}
-        facts |= {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "seed": 0}
-        RESULTS.write_text(json.dumps(facts | {"limit": LIMIT, "results": results}, indent=1) + "\n")
+        facts = {"seed": 0, "limit": LIMIT, **provenance()}
+        RESULTS.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
         before, after = PAGE.read_text().split(TABLE[0])[0], PAGE.read_text().split(TABLE[1])[1]
         PAGE.write_text(f"{before}{TABLE[0]}{table(results)}{TABLE[1]}{after}")
     wrong = [name for name, result in results.items() if result["verdict"] == "wrong"]

@@ -16,18 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import PIL
 import timm
 import torch
-import torchvision
-import transformers
 import typer
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 
-from imageprompt import ImagePromptImageProcessor, __version__
+from imageprompt import ImagePromptImageProcessor
+from imageprompt.provenance import provenance
 from imageprompt.vision import resolve_backbone
 
 SEED = 0
@@ -200,14 +198,7 @@ def main(
             "NaFlex, a sequence of patches in the picture's own aspect": [n for n in pretrained if "naflex" in n],
         },
         "seed": SEED,
-        "versions": {
-            "imageprompt": __version__,
-            "pillow": PIL.__version__,
-            "timm": timm.__version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "transformers": transformers.__version__,
-        },
+        **provenance(),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2Tokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerBase, set_seed
 
 from imageprompt import compose
 
@@ -97,3 +97,39 @@ def row_inputs(processor, row):
     """A row of (images, text) alone, without padding."""
     images, text = row
     return processor(images=[images] if images else None, text=[text], return_tensors="pt")
+
+
+# --- generation: the plainest loop there is, to compare with
+
+NEW_TOKENS = 6
+
+
+@torch.no_grad()
+def reference_greedy(model, inputs, logits_of=None, new_tokens=NEW_TOKENS):
+    """New tokens of one row, without cache, batch or `generate`; `logits_of` a row are by default the model's own."""
+    logits_of = logits_of or (lambda row: model(**row, use_cache=False).logits)
+    ids, new = inputs["input_ids"], []
+    images = {name: inputs[name] for name in ("pixel_values",) if name in inputs}
+    while len(new) < new_tokens:
+        logits = logits_of({"input_ids": ids, **images})[0, -1]
+        logits[model.config.image_token_id] = float("-inf")
+        new.append(logits.argmax().item())
+        if new[-1] == model.generation_config.eos_token_id:
+            break
+        ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
+    return new
+
+
+def new_tokens(model, inputs, **kwargs):
+    """What `generate` adds to each sequence, without the padding that follows an end."""
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
+    output, eos = output[:, inputs["input_ids"].shape[1] :].tolist(), model.generation_config.eos_token_id
+    return [row[: row.index(eos) + 1] if eos in row else row for row in output]
+
+
+def gpt2_of(model) -> GPT2LMHeadModel:
+    """The library's GPT-2 with this model's weights."""
+    gpt2 = GPT2LMHeadModel(model.config.text_config).eval()
+    gpt2.transformer.load_state_dict(model.model.language_model.state_dict())
+    gpt2.tie_weights()
+    return gpt2

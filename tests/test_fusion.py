@@ -7,7 +7,19 @@ import copy
 
 import pytest
 import torch
-from conftest import BACKBONES, batch_inputs, max_difference, picture, row_inputs, tiny, tiny_gpt2
+from conftest import (
+    BACKBONES,
+    NEW_TOKENS,
+    batch_inputs,
+    gpt2_of,
+    max_difference,
+    new_tokens,
+    picture,
+    reference_greedy,
+    row_inputs,
+    tiny,
+    tiny_gpt2,
+)
 from transformers import (
     DynamicCache,
     GPT2Config,
@@ -21,7 +33,6 @@ from transformers import (
 from imageprompt import ImagePromptForConditionalGeneration, compose
 from imageprompt.fusion import ImageCache
 
-NEW_TOKENS = 6
 ROWS = [
     ([picture(0)], "A photo of"),
     ([], "What is it? It is the number"),
@@ -42,14 +53,6 @@ def beside(tokenizer, layout="NCHW", **settings):
 def pair(tokenizer):
     torch.manual_seed(0)
     return beside(tokenizer)
-
-
-def gpt2_of(model) -> GPT2LMHeadModel:
-    """The language model as the library's own class."""
-    gpt2 = GPT2LMHeadModel(model.config.text_config).eval()
-    gpt2.transformer.load_state_dict(model.model.language_model.state_dict())
-    gpt2.tie_weights()
-    return gpt2
 
 
 @torch.no_grad()
@@ -127,24 +130,9 @@ def test_pain_06_text_without_images_is_plain_gpt2(pair):
     assert model.generate(**inputs, max_new_tokens=NEW_TOKENS).tolist() == generated.tolist()
 
 
-@torch.no_grad()
-def reference_greedy(model, inputs):
-    """New tokens of one row, without cache, batch or `generate`."""
-    ids, new = inputs["input_ids"], []
-    while len(new) < NEW_TOKENS:
-        logits = expected_logits(model, dict(inputs) | {"input_ids": ids})[0, -1]
-        logits[model.config.image_token_id] = float("-inf")
-        new.append(logits.argmax().item())
-        if new[-1] == model.generation_config.eos_token_id:
-            break
-        ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
-    return new
-
-
-def new_tokens(model, inputs, **settings):
-    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, **settings)
-    output, eos = output[:, inputs["input_ids"].shape[1] :].tolist(), model.generation_config.eos_token_id
-    return [row[: row.index(eos) + 1] if eos in row else row for row in output]
+def expected_greedy(model, inputs):
+    """The new tokens that `expected_logits` lead to."""
+    return reference_greedy(model, inputs, lambda row: expected_logits(model, row))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +143,7 @@ def new_tokens(model, inputs, **settings):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pain_23_every_way_to_decode_gives_the_same_tokens(pair, side, settings):
     model, processor = pair
-    expected = [reference_greedy(model, row_inputs(processor, row)) for row in ROWS]
+    expected = [expected_greedy(model, row_inputs(processor, row)) for row in ROWS]
     assert new_tokens(model, batch_inputs(processor, ROWS, padding_side=side), **settings) == expected
 
 
@@ -189,7 +177,7 @@ def test_a_conversation_continues_from_its_cache(pair, wrapped):
     output = model.generate(**first, past_key_values=cache, max_new_tokens=3, return_dict_in_generate=True)
     question = processor.tokenizer(" What is it?", return_tensors="pt").input_ids
     ids = torch.cat([output.sequences, question], dim=1)
-    expected = reference_greedy(model, dict(first) | {"input_ids": ids})
+    expected = expected_greedy(model, dict(first) | {"input_ids": ids})
     cache = output.past_key_values if wrapped else cache
     assert isinstance(output.past_key_values, ImageCache)
     continued = model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=NEW_TOKENS)
@@ -246,7 +234,7 @@ def test_a_cache_that_is_used_again_forgets_the_images_before(pair):
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)
     for row in (ROWS[0], ROWS[1], ROWS[2]):
         inputs = row_inputs(processor, row)
-        assert new_tokens(model, inputs, past_key_values=cache) == [reference_greedy(model, inputs)]
+        assert new_tokens(model, inputs, past_key_values=cache) == [expected_greedy(model, inputs)]
         cache.reset()
 
 

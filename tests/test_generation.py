@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKBONES, batch_inputs, max_difference, picture, row_inputs, tiny, tiny_gpt2
+from conftest import (
+    BACKBONES,
+    NEW_TOKENS,
+    batch_inputs,
+    gpt2_of,
+    max_difference,
+    new_tokens,
+    picture,
+    reference_greedy,
+    row_inputs,
+    tiny,
+    tiny_gpt2,
+)
 from PIL import Image
 from transformers import (
     CompileConfig,
@@ -25,7 +37,6 @@ from transformers import (
     TextStreamer,
 )
 
-NEW_TOKENS = 6
 # Plain colours: a random backbone tells them apart better than two pictures of noise.
 RED, GREEN, BLUE, WHITE = (Image.new("RGB", (70, 90), colour) for colour in ("red", "green", "blue", "white"))
 ROWS = [  # images and text of each row
@@ -59,28 +70,6 @@ def count_tower_calls(model) -> list[int]:
 
 
 @torch.no_grad()
-def reference_greedy(model, inputs, new_tokens=NEW_TOKENS):
-    """New tokens of one row, without cache, batch or `generate`."""
-    ids, new = inputs["input_ids"], []
-    while len(new) < new_tokens:
-        logits = model(input_ids=ids, pixel_values=inputs.get("pixel_values"), use_cache=False).logits[0, -1]
-        logits[model.config.image_token_id] = float("-inf")
-        new.append(logits.argmax().item())
-        if new[-1] == model.generation_config.eos_token_id:
-            break
-        ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
-    return new
-
-
-def gpt2_of(model) -> GPT2LMHeadModel:
-    """The library's GPT-2 with this model's weights."""
-    gpt2 = GPT2LMHeadModel(model.config.text_config).eval()
-    gpt2.transformer.load_state_dict(model.model.language_model.state_dict())
-    gpt2.tie_weights()
-    return gpt2
-
-
-@torch.no_grad()
 def reference_outputs(model, inputs, new_ids, **kwargs):
     """The whole model over one row and the tokens behind it, at once: no cache, no batch, no `generate`."""
     ids = torch.cat([inputs["input_ids"], new_ids[None]], dim=1)
@@ -90,13 +79,6 @@ def reference_outputs(model, inputs, new_ids, **kwargs):
 def reference_logits(model, inputs, new_ids):
     """The logits (len(new_ids), vocabulary) that each new token was chosen by."""
     return reference_outputs(model, inputs, new_ids).logits[0, inputs["input_ids"].shape[1] - 1 : -1]
-
-
-def new_tokens(model, inputs, **kwargs):
-    """The new tokens of every returned sequence, without the padding that follows an end."""
-    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
-    output, eos = output[:, inputs["input_ids"].shape[1] :].tolist(), model.generation_config.eos_token_id
-    return [row[: row.index(eos) + 1] if eos in row else row for row in output]
 
 
 @pytest.mark.parametrize("layout", BACKBONES)

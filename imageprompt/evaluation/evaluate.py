@@ -6,22 +6,17 @@ look scores no better.
 
 import hashlib
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import datasets
-import timm
-import torch
-import transformers
 from pycocoevalcap.cider.cider import Cider
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, set_seed
 
-from .. import __version__
 from ..data.reading import read_split, require_columns
 from ..generating import generate_texts
+from ..provenance import provenance
 from .captions import caption_scores, tokenize_caption
 from .pictures import save_grid
 
@@ -92,14 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "references_sha256": hashlib.sha256(json.dumps(references, sort_keys=True).encode()).hexdigest(),
         "weights_sha256": _weights_digest(args.model),
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(args).items()},
-        "versions": {
-            "imageprompt": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "datasets": datasets.__version__,
-        },
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device.type}",
+        "device": model.device.type,
+        **provenance(),
     }
     if args.constants:
         pool = [text for texts in read_split(args.dataset, args.train_split)[args.references_column] for text in texts]
