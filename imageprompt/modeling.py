@@ -297,6 +297,8 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs`, not both.")
+        if encoder_hidden_states is not None and self.config.fusion == "prefix":
+            raise ValueError("`encoder_hidden_states` are for `fusion='cross_attention'`; pass `pixel_values`.")
         for name in TOKEN_TYPES:
             kwargs.pop(name, None)
         for name in ("output_attentions", "output_hidden_states"):
