@@ -6,37 +6,105 @@ images whose placeholder it has passed, and one that has passed none, as in rows
 entirely. So a row does not depend on its neighbours, and text without images stays what GPT-2 makes of it.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 
-class ImageCache(EncoderDecoderCache):
-    """A text cache, and beside it the keys and values of each row's images, which are computed once.
+@dataclass
+class ImageState:
+    """What a conversation keeps of its images.
 
     Args:
-        text_cache: any cache of the library, for the self-attention.
-        config: the language model's configuration.
+        keys_and_values: of the image tokens, for every layer; computed once.
+        mask: (rows, image tokens), true where a row has that image token; `None` while there are no images.
+        passed: (rows, positions), placeholders passed up to each position that went into the cache.
+    """
 
-    Attributes:
-        image_mask (`Tensor`, *optional*): (rows, image tokens), true where a row has that image token.
-        images_passed (`Tensor`, *optional*): (rows, 1), placeholders passed so far.
+    keys_and_values: DynamicCache
+    mask: Tensor | None = field(default=None)
+    passed: Tensor | None = field(default=None)
+
+
+class ImageCache(EncoderDecoderCache):
+    """A text cache together with the images that its text reads.
+
+    The images' part hangs on the text cache, so it is found again by whoever passed in a text cache and passes it
+    again. Rows are reordered, repeated or selected through this cache, not through the text's.
+
+    Args:
+        text_cache: a cache of the library, for the self-attention.
+        config: the language model's configuration.
     """
 
     def __init__(self, text_cache: Cache, config):
-        super().__init__(text_cache, DynamicCache(config=config))
-        self.image_mask: Tensor | None = None
-        self.images_passed: Tensor | None = None
-        setattr(text_cache, "image_cache", self)  # noqa: B010 - whoever passed only a text cache may pass it again
+        state = getattr(text_cache, "images", None)
+        if state is None:
+            state = ImageState(DynamicCache(config=config))
+            setattr(text_cache, "images", state)  # noqa: B010 - the library's class does not declare it
+        self.images: ImageState = state
+        self.config = config
+        super().__init__(text_cache, state.keys_and_values)
 
     @classmethod
     def of(cls, cache: Cache | None, config) -> "ImageCache":
-        """The image cache of a text cache that has been used before, or a new one."""
-        if isinstance(cache, cls):
-            return cache
-        cache = DynamicCache(config=config) if cache is None else cache
-        known = getattr(cache, "image_cache", None)
-        return cls(cache, config) if known is None or cache.get_seq_length() == 0 else known
+        """A cache with its images, which an empty one has none of."""
+        if not isinstance(cache, cls):
+            text = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            cache = cls(DynamicCache(config=config) if text is None else text, config)
+            is_empty = cache.get_seq_length() == 0
+        else:
+            length = cache.get_seq_length()
+            is_empty = isinstance(length, int) and length == 0  # a static cache counts in a tensor: no stall per step
+        if is_empty and cache.images.mask is not None:
+            cache.forget_images()
+        return cache
+
+    @property
+    def holds_images(self) -> bool:
+        return self.images.mask is not None
+
+    def forget_images(self) -> None:
+        """Go on with the text alone."""
+        delattr(self.self_attention_cache, "images")
+        self.__init__(self.self_attention_cache, self.config)
+
+    def passed_before(self) -> Tensor | int:
+        """Placeholders that each row has passed, (rows, 1); what was cropped away since does not count."""
+        passed, length = self.images.passed, self.get_seq_length()
+        if passed is not None and isinstance(length, int):  # static caches are not cropped
+            passed = passed[:, :length]
+        return 0 if passed is None or not passed.shape[1] else passed[:, -1:]
+
+    def remember(self, mask: Tensor, passed: Tensor) -> None:
+        """Keep what the next step needs: which images there are, and what each position of this one has passed."""
+        before, length = self.images.passed, self.get_seq_length()
+        if isinstance(length, int):
+            before = passed.new_zeros(len(passed), length) if before is None else before[:, :length]
+            passed = torch.cat([before, passed], dim=1)
+        self.images.mask, self.images.passed = mask, passed
+
+    def reset(self):
+        self.self_attention_cache.reset()
+        self.forget_images()
+
+    def reorder_cache(self, beam_idx: Tensor):
+        super().reorder_cache(beam_idx)
+        self._change_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int):
+        super().batch_repeat_interleave(repeats)
+        self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor):
+        super().batch_select_indices(indices)
+        self._change_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def _change_rows(self, change) -> None:
+        if self.images.mask is not None and self.images.passed is not None:
+            self.images.mask, self.images.passed = change(self.images.mask), change(self.images.passed)
 
 
 def group_by_row(placeholders: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,13 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.set_trainable(**model.config.trainable)  # the library loads every weight as one that learns
+        model._suppress_placeholder()  # a checkpoint of the base model has no generation settings
         return loaded
+
+    def _suppress_placeholder(self) -> None:
+        """A placeholder is no word: by default it is not generated."""
+        if self.can_generate() and self.generation_config.suppress_tokens is None:
+            self.generation_config.suppress_tokens = [self.config.image_token_id]
 
     def set_trainable(self, vision: bool | None = None, connector: bool | None = None, text: bool | None = None):
         """Choose which parts learn; `None` leaves a part as it is. The choice is saved with the configuration.
@@ -297,8 +303,10 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs`, not both.")
-        if encoder_hidden_states is not None and self.config.fusion == "prefix":
-            raise ValueError("`encoder_hidden_states` are for `fusion='cross_attention'`; pass `pixel_values`.")
+        if encoder_hidden_states is not None and (self.config.fusion == "prefix" or pixel_values is not None):
+            raise ValueError(
+                "`encoder_hidden_states` are for `fusion='cross_attention'`, and stand instead of `pixel_values`."
+            )
         for name in TOKEN_TYPES:
             kwargs.pop(name, None)
         for name in ("output_attentions", "output_hidden_states"):
@@ -332,13 +340,15 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         if self.config.fusion == "prefix":
             inputs_embeds = self._put_images_in_text(input_ids, inputs_embeds, image_tokens, is_prefill)
         else:
-            if kwargs.get("use_cache", self.config.use_cache) or past_key_values is not None:
+            is_whole_prompt = past_key_values is None
+            if kwargs.get("use_cache", self.config.use_cache) or not is_whole_prompt:
                 past_key_values = ImageCache.of(past_key_values, self.config.text_config)
             kwargs |= self._put_images_beside_text(
                 input_ids,
                 inputs_embeds,
                 image_tokens,
                 is_prefill,
+                is_whole_prompt,
                 past_key_values,
                 encoder_hidden_states,
                 encoder_attention_mask,
@@ -381,21 +391,22 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         inputs_embeds: Tensor,
         image_tokens: Tensor | None,
         is_prefill: bool,
+        is_whole_prompt: bool,
         cache: ImageCache | None,
         encoder_hidden_states: Tensor | None,
         encoder_attention_mask: Tensor | None,
     ) -> dict[str, Tensor]:
         """Cross-attention fusion: the image tokens of each row, and which of them each position reads."""
         placeholders = None
-        if image_tokens is not None or is_prefill:
+        if input_ids is not None or is_prefill:
             placeholders = self._placeholders(input_ids, inputs_embeds)
-        if cache is not None and cache.image_mask is not None:
-            if image_tokens is not None:
-                raise ValueError("The cache already holds images, and cross-attention takes no more: start without it.")
-            states, mask = inputs_embeds, cache.image_mask  # not read: their keys and values are in the cache
-        elif image_tokens is not None:
+        if image_tokens is not None:
+            if cache is not None:
+                self._make_room_for_images(cache)
             self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
             states, mask = group_by_row(placeholders, image_tokens)
+        elif cache is not None and cache.holds_images:
+            states, mask = inputs_embeds, cache.images.mask  # not read: their keys and values are in the cache
         elif encoder_hidden_states is not None:
             states = encoder_hidden_states.to(inputs_embeds.dtype)
             mask = torch.ones(states.shape[:2]) if encoder_attention_mask is None else encoder_attention_mask
@@ -411,19 +422,30 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         passed = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         if placeholders is not None:
             passed = placeholders.cumsum(-1)
-        if cache is not None and cache.images_passed is not None:
-            passed = passed + cache.images_passed
-        if placeholders is not None:
+        if cache is not None:
+            passed = passed + cache.passed_before()
+        if is_prefill:  # not in every step: it reads a tensor
+            there_are, needed = mask.sum(-1), passed[:, -1] * self.config.num_image_tokens
+            # A later chunk of the prompt may pass the rest.
             torch_compilable_check(
-                (passed[:, -1] * self.config.num_image_tokens <= mask.sum(-1)).all(),
-                "Image features and image tokens do not match: a row has more placeholders than images.",
+                (needed == there_are if is_whole_prompt else needed <= there_are).all(),
+                "Image features and image tokens do not match: each image of a row needs one placeholder in it.",
             )
         if cache is not None:
-            cache.image_mask, cache.images_passed = mask, passed[:, -1:]
+            cache.remember(mask, passed)
         if self.language_model.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError("Cross-attention runs with `attn_implementation` 'sdpa' or 'eager' only.")
         scores = attention_to_images(mask, passed, self.config.num_image_tokens, inputs_embeds.dtype)
         return {"encoder_hidden_states": states, "encoder_attention_mask": scores}
+
+    @staticmethod
+    def _make_room_for_images(cache: ImageCache) -> None:
+        if cache.holds_images and bool((torch.as_tensor(cache.passed_before()) > 0).any()):
+            raise ValueError(
+                "The cache already holds images, and with `fusion='cross_attention'` no more can follow: pass the "
+                "whole prompt with all of its images, without the cache."
+            )
+        cache.forget_images()
 
     def _must_touch_image_parameters(self) -> bool:
         """Whether a batch without images would leave other processes waiting for its weights or gradients."""
@@ -458,8 +480,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
         self.set_trainable(**config.trainable)
-        # A placeholder is no word: it may not be generated.
-        self.generation_config.suppress_tokens = [config.image_token_id]
+        self._suppress_placeholder()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -600,6 +621,8 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if inputs_embeds is None:
             raise ValueError("Image features and image tokens do not match: there are images but no prompt.")
+        if (cache := inputs.get("past_key_values")) is not None:
+            self.model._make_room_for_images(ImageCache.of(cache, self.config.text_config))
         image = encoded.get("image") or self.get_image_features(pixel_values, return_dict=True)
         placeholders = self.model.get_placeholder_mask(input_ids, inputs_embeds, image.pooler_output).squeeze(-1)
         states, mask = group_by_row(placeholders, image.pooler_output)
@@ -623,6 +646,8 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         if kwargs.get("pixel_values") is None and not kwargs.get("mm_encoder_outputs"):
             return
         assistant = kwargs.get("assistant_model")
+        if assistant is not None and self.config.fusion == "cross_attention":
+            raise ValueError("The library hands images on to the assistant: with cross-attention, leave it out.")
         early_exit = self._setting("assistant_early_exit", generation_config, kwargs)
         if early_exit or isinstance(assistant, ImagePromptPreTrainedModel):
             raise ValueError(

@@ -291,3 +291,10 @@ def test_pipeline_with_a_chat(saved, task):
     assert (inputs["input_ids"] == processor.image_token_id).sum() == processor.num_image_tokens
     ids = model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
     assert answers[0]["generated_text"] == processor.decode(ids[0], skip_special_tokens=True)
+
+
+def test_a_head_on_a_base_checkpoint_never_says_the_placeholder(saved, tmp_path):
+    folder, model, _ = saved
+    ImagePromptModel.from_pretrained(folder).save_pretrained(tmp_path)
+    loaded = ImagePromptForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.generation_config.suppress_tokens == [model.config.image_token_id]
