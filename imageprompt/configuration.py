@@ -118,7 +118,7 @@ class ImagePromptConfig(PreTrainedConfig):
     image_token_id: int | None = None
     trainable: dict[str, bool] | None = None
     dynamic_image_size: bool = False
-    feature_layer: int | list[int] | Literal["pooled"] | None = None
+    feature_layer: int | list[int] | tuple[int, ...] | Literal["pooled"] | None = None
     feature_size: int | None = None
     feature_grid: list[int] | tuple[int, ...] | None = None
     feature_layout: Literal["NCHW", "NHWC", "NLC", "NC"] | None = None
@@ -259,6 +259,8 @@ class ImagePromptConfig(PreTrainedConfig):
             self.vision_config = vision = _vision_config(backbone)
         if self.feature_layer is None:
             self.feature_layer = connector_class(self.connector).feature_layer
+        if isinstance(self.feature_layer, tuple):
+            self.feature_layer = list(self.feature_layer)
         if self.feature_grid is not None:
             self.feature_grid = list(self.feature_grid)
         probed_names = ("feature_size", "feature_grid", "feature_layout", "num_prefix_tokens", "unused_parameters")
@@ -271,6 +273,24 @@ class ImagePromptConfig(PreTrainedConfig):
                     raise ValueError(f"`{name}={getattr(self, name)}`, but {vision.architecture} has {value}.")
                 setattr(self, name, value)
             self.feature_layer = shape.layer
+            if self.dynamic_image_size:
+                channels, height, width = input_size
+                try:
+                    probe_features(vision.architecture, vision.model_args, (channels, height, 2 * width), shape.layer)
+                except ValueError as error:
+                    raise ValueError(
+                        f"`dynamic_image_size=True`, but {error} Vision transformers of timm may take "
+                        "`model_args={'dynamic_img_size': True}`."
+                    ) from error
+        if self.feature_layer is None:
+            fits = self.feature_layout != "NC"
+        else:
+            fits = self.feature_layout == ("NC" if self.feature_layer == "pooled" else "NCHW")
+        if not fits:
+            raise ValueError(
+                f"`feature_layer={self.feature_layer!r}` does not go with `feature_layout={self.feature_layout!r}`, "
+                "which was measured for other features: compose the model anew, or leave out what is measured."
+            )
 
     def validate_parts(self):
         """Fusion, connector, the trainable parts, the placeholder and the position budget."""

@@ -1,7 +1,7 @@
 """Connectors: from the backbone's features to the language model's width.
 
-One registry, one contract: `connector(features)` takes (images, rows * columns, feature_size) and returns
-(images, num_image_tokens, text width).
+One registry, one contract: `connector(features, grid)` takes (images, rows * columns, feature_size), with the rows and
+columns where they are not the configuration's, and returns (images, num_image_tokens, text width).
 
 | name                | what it does                                         | tokens by default     |
 |---------------------|------------------------------------------------------|-----------------------|
@@ -49,6 +49,11 @@ def resolve_num_image_tokens(connector: str, grid: list[int], requested: int | N
     kind = connector_class(connector)
     counts = kind.possible_counts(grid)
     count = kind.default_num_tokens(grid) if requested is None else requested
+    if requested is None and count not in counts:
+        raise ValueError(
+            f"Connector {connector!r} has no default for a {grid[0]}x{grid[1]} feature map: pass `num_image_tokens`, "
+            f"one of {', '.join(map(str, counts))}, or another image size."
+        )
     if count not in counts:
         near = sorted(heapq.nsmallest(3, counts, key=lambda possible: abs(possible - count)))
         raise ValueError(
@@ -311,8 +316,8 @@ class _ResamplerLayer(nn.Module):
 class ClipCapMLPConnector(Connector):
     """ClipCap's MLP mapper (arXiv 2111.09734): the image's summary to all tokens at once, with a tanh between.
 
-    Reads the backbone's own summary of the image (`feature_layer="pooled"`), as ClipCap reads CLIP's; of any other
-    features, their mean.
+    Reads the backbone's own summary of the image (`feature_layer="pooled"`); of any other features, their mean. ClipCap
+    reads CLIP's embedding, which lies one linear layer, CLIP's projection, behind that summary.
     """
 
     feature_layer = "pooled"
@@ -335,7 +340,8 @@ class ClipCapMLPConnector(Connector):
 class ClipCapTransformerConnector(Connector):
     """ClipCap's transformer mapper (arXiv 2111.09734): summary tokens and learned constants attend to each other.
 
-    The image's summary becomes `clip_length` tokens; the outputs at the constants are the image tokens.
+    The image's summary becomes `clip_length` tokens; the outputs at the constants are the image tokens. The layers are
+    torch's, with biases in the attention that ClipCap's published code does not have.
 
     Args:
         clip_length: tokens made of the summary.

@@ -198,9 +198,10 @@ def read_features(
     Args:
         timm_model: any model of timm.
         images: (images, channels, height, width).
-        feature_layer: `None` for the backbone's final features; a block's index, or several, for their maps as the
-            blocks emit them (without the backbone's last norm), joined along the channels at the coarsest of their
-            grids; `"pooled"` for the backbone's own summary of the image, such as its class token.
+        feature_layer: `None` for the backbone's final features; the index of a block (of a stage, for models that have
+            stages: an entry of timm's `feature_info`), or several, for their maps as they come (without the
+            backbone's last norm), joined along the channels at the coarsest of their grids; `"pooled"` for the
+            backbone's own summary of the image, what timm's classifier reads, such as the class token.
 
     Returns:
         What timm gives for `None`; (images, channels, rows, columns) for blocks; (images, channels) for `"pooled"`.
@@ -213,8 +214,6 @@ def read_features(
     maps = timm_model.forward_intermediates(
         images, indices=layers, stop_early=True, output_fmt="NCHW", intermediates_only=True
     )
-    if len(maps) != len(layers):
-        raise ValueError(f"feature_layer={feature_layer} names {len(layers)} blocks, but these are {len(maps)}.")
     grid = min(tuple(each.shape[2:]) for each in maps)
     return torch.cat([each if each.shape[2:] == grid else F.adaptive_avg_pool2d(each, grid) for each in maps], 1)
 
@@ -239,11 +238,17 @@ def probe_features(
     Raises:
         ValueError: if the backbone does not take this input, or has no feature map.
     """
+    if any("patch_drop" in name and value for name, value in (model_args or {}).items()):
+        raise ValueError(
+            f"{model_args}: dropping patches changes the grid in training, so images would not fill their "
+            "placeholders. Leave it out."
+        )
     try:
         # Gradients tell which parameters the features depend on, whatever mode the caller is in.
         with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
             images = torch.empty(1, *input_size)
             model = timm.create_model(architecture, pretrained=False, num_classes=0, **(model_args or {})).eval()
+            _check_layers(model, feature_layer)
             shape = _feature_shape(model, images, feature_layer)
             if shape is None and feature_layer is None:
                 shape = _feature_shape(model, images, _last_layers(model))
@@ -259,12 +264,22 @@ def probe_features(
         layer = "" if feature_layer is None else f" with feature_layer={feature_layer!r}"
         raise ValueError(
             f"{architecture} with model_args={model_args or {}} does not run on {tuple(input_size)} images{layer}: "
-            f"{error}"
+            f"{error or type(error).__name__}"
         ) from error
     if shape is None:
         what = "no summary" if feature_layer == "pooled" else "no feature map"
         raise ValueError(f"{architecture} gives {what} for {tuple(input_size)} images: it cannot be a vision tower.")
     return shape
+
+
+def _check_layers(model: torch.nn.Module, feature_layer: int | list[int] | str | None) -> None:
+    """timm returns maps in the network's order, each once, whatever the order of the indices."""
+    if not isinstance(feature_layer, list):
+        return
+    count = len(model.feature_info)
+    indices = [layer + count if layer < 0 else layer for layer in feature_layer]
+    if not indices or sorted(set(indices)) != indices:
+        raise ValueError("name at least one block, each once, in the order of the network, for example [-2, -1]")
 
 
 def _feature_shape(

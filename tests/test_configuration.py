@@ -275,3 +275,16 @@ def test_a_grid_may_be_a_tuple():
     shape = {"feature_size": config.feature_size, "feature_grid": tuple(config.feature_grid)}
     again = ImagePromptConfig(vision_config=config.vision_config, text_config=tiny_gpt2(), **shape)
     assert again.feature_grid == config.feature_grid
+
+
+@pytest.mark.parametrize("change", [{"feature_layer": 0}, {"connector": "clipcap_mlp", "num_image_tokens": 3}], ids=str)
+def test_features_measured_for_another_layer_are_refused(change):
+    config = ImagePromptConfig.from_backbones("test_vit", tiny_gpt2(), preprocessing={"input_size": (3, 160, 160)})
+    with pytest.raises(ValueError, match="was measured for other features: compose the model anew"):
+        ImagePromptConfig.from_dict(config.to_dict() | change)
+
+
+def test_layers_may_be_a_tuple(tmp_path):
+    config = small(feature_layer=(-2, -1))
+    assert config.feature_layer == [-2, -1]
+    assert reloaded(config, tmp_path).to_dict()["feature_layer"] == [-2, -1]

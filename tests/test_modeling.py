@@ -433,12 +433,16 @@ def test_other_sizes_are_refused_unless_asked_for(tokenizer):
     inputs = processor(images=picture(), text="A", return_tensors="pt", size={"height": 96, "width": 64})
     with pytest.raises(ValueError, match=r"shape \(images, 3, 64, 64\), not \(1, 3, 96, 64\)"):
         model(**inputs)
-    model, processor = tiny(tokenizer, "NLC", dynamic_image_size=True)
-    inputs = processor(images=picture(), text="A", return_tensors="pt", size={"height": 96, "width": 64})
-    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 .* does not run on \(3, 96, 64\) images"):
+    with pytest.raises(ValueError, match=r"does not run on \(3, 64, 128\) images.*'dynamic_img_size': True"):
+        tiny(tokenizer, "NLC", dynamic_image_size=True)
+    model, processor = tiny(
+        tokenizer, "NLC", dynamic_image_size=True, model_args={"dynamic_img_size": True, "depth": 1}
+    )
+    inputs = processor(images=picture(), text="A", return_tensors="pt", size={"height": 100, "width": 64})
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 .* does not run on \(3, 100, 64\) images"):
         model(**inputs)
     with pytest.raises(ValueError, match="'pixel_shuffle' follow the image's size"):
-        tiny(tokenizer, "NLC", dynamic_image_size=True, connector="pixel_shuffle")
+        tiny(tokenizer, dynamic_image_size=True, connector="pixel_shuffle", num_image_tokens=1)
 
 
 @torch.no_grad()

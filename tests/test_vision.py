@@ -167,13 +167,20 @@ def test_layers_that_are_not_read_count_as_unused():
     ("layer", "message"),
     [
         (44, r"with feature_layer=44: feature index 44 is out of range"),
-        ([11, -1], "names 2 blocks, but these are 1"),
+        ([11, -1], "each once, in the order of the network"),
+        ([3, 1], "each once, in the order of the network"),
+        ([], "at least one block"),
         ("last", "feature_layer='last'"),
     ],
 )
 def test_a_layer_that_is_not_there_is_refused(layer, message):
     with pytest.raises(ValueError, match=message):
         probe_features("vit_tiny_patch16_224", None, (3, 224, 224), layer)
+
+
+def test_dropping_patches_is_refused():
+    with pytest.raises(ValueError, match=r"'patch_drop_rate': 0.5.*changes the grid in training"):
+        probe_features("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, (3, 224, 224))
 
 
 def test_a_backbone_that_pools_nothing_has_no_summary():
