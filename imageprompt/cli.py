@@ -91,7 +91,11 @@ def doctor(
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the text.")] = None,
     connector: Annotated[str | None, typer.Option(help="Connector between the parts; mlp by default.")] = None,
     num_image_tokens: Annotated[int | None, typer.Option(help="Tokens per image; the connector's default.")] = None,
+    connector_args: Annotated[str | None, typer.Option(help='What it takes besides, JSON: {"depth": 2}.')] = None,
     fusion: Annotated[str | None, typer.Option(help="prefix or cross_attention.")] = None,
+    feature_layer: Annotated[
+        str | None, typer.Option(help="Features of an earlier block (-2), several ([-2, -1]) or pooled.")
+    ] = None,
     pretrained: Annotated[bool, typer.Option(help="Whether the parts' weights are to be loaded.")] = True,
     model_args: Annotated[str | None, typer.Option(help="Further timm.create_model keywords, JSON.")] = None,
     preprocessing: Annotated[
@@ -115,9 +119,9 @@ def doctor(
 
     Ends with 0 if training would run, 1 if it would fail, 2 if the input means nothing.
     """
-    import json
-
     from .diagnosis import Plan, diagnose
+    from .options import feature_layer as parse_layer
+    from .options import json_object
 
     plan = Plan(
         images_per_row=images_per_row,
@@ -135,12 +139,14 @@ def doctor(
         text,
         plan=plan,
         tokenizer=tokenizer,
-        model_args=model_args and json.loads(model_args),
-        preprocessing=preprocessing and json.loads(preprocessing),
+        model_args=json_object("--model-args", model_args) or None,
+        preprocessing=json_object("--preprocessing", preprocessing) or None,
         pretrained=pretrained,
         connector=connector,
         num_image_tokens=num_image_tokens,
+        connector_args=json_object("--connector-args", connector_args) or None,
         fusion=fusion,
+        feature_layer=parse_layer("--feature-layer", feature_layer),
     )
     typer.echo(report.to_json() if as_json else report)
     raise typer.Exit(0 if report.ok else 1)

@@ -64,7 +64,7 @@ def find_images(sources: Iterable[str]) -> list[str]:
     Raises:
         ValueError: if a source does not exist, or a folder holds no image.
     """
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for source in sources:
         path = Path(source)

@@ -7,6 +7,7 @@ names the one that is served.
 """
 
 from functools import partial, wraps
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForMultimodalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
@@ -93,7 +94,39 @@ def _build(build_server, model_manager, *handlers, **settings):
     processor.check_model(model)
     # The library would list what lies in the Hub's cache, and fail where there is none.
     model_manager.get_gen_models = lambda: [{"id": name, "object": "model", "created": 0, "owned_by": ""}]
+    chat_handler = handlers[0]
+    answer = chat_handler.handle_request
+
+    async def check_and_answer(body: dict, request_id: str):
+        _check_chat(body)
+        return await answer(body, request_id)
+
+    chat_handler.handle_request = check_and_answer
     app = build_server(model_manager, *handlers, **settings)
     for kind in (ValueError, TemplateError):
         app.add_exception_handler(kind, refuse)
     return app
+
+
+def _check_chat(body: dict[str, Any]) -> None:
+    """Refuse what the library's server would drop in silence, such as an image of another form, or stumble over."""
+    messages, stop = body.get("messages"), body.get("stop")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"`messages` is a list of at least one message, got {messages!r}.")
+    if not isinstance(stop, (str, list, type(None))):
+        raise ValueError(f"`stop` is a text or a list of texts, got {stop!r}.")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"Message {number} has no `role`.")
+        content = message.get("content")
+        if not isinstance(content, (str, list)):
+            raise ValueError(f"Message {number} has no `content`: a text, or a list of parts.")
+        for part in content if isinstance(content, list) else []:
+            kind = part.get("type") if isinstance(part, dict) else None
+            is_text = kind == "text" and isinstance(part.get("text"), str)
+            url = part.get("image_url") if kind == "image_url" else None
+            if not is_text and not (isinstance(url, dict) and isinstance(url.get("url"), str)):
+                raise ValueError(
+                    f"Message {number} has a part of type {kind!r} that is not understood: parts are "
+                    '{"type": "text", "text": …} and {"type": "image_url", "image_url": {"url": …}}.'
+                )

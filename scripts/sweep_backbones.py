@@ -51,7 +51,7 @@ def main(
 ) -> None:
     transformers.utils.logging.disable_progress_bar()
     output.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(output.read_text())["models"] if output.exists() else {}
+    results = earlier_results(output)
     sizes = {name: count_parameters(name) for name in tqdm(timm.list_models(), desc="counting")}
     names = sorted(sizes) if every else [smallest(module, sizes) for module in timm.list_modules()]
     left_out = {}
@@ -97,6 +97,14 @@ def table(results: dict[str, Any]) -> str:
             f"{'; '.join(notes)} |"
         )
     return "\n".join(lines)
+
+
+def earlier_results(output: Path) -> dict[str, Any]:
+    """What a run with the same versions has found; what failed is tried again."""
+    saved = json.loads(output.read_text()) if output.exists() else {}
+    if saved.get("versions") != provenance()["versions"]:
+        return {}
+    return {name: result for name, result in saved["models"].items() if "error" not in result}
 
 
 def write(output: Path, results: dict[str, Any], left_out: dict[str, str]) -> None:

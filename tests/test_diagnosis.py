@@ -12,7 +12,7 @@ from conftest import BACKBONES, picture, tiny, tiny_gpt2
 from safetensors.torch import load_file, save_file
 from test_cli import main_with
 from test_readme import cached_repository
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, GPTJConfig, LlamaConfig
 
 from imageprompt import ImagePromptConfig, ImagePromptForConditionalGeneration, ImagePromptProcessor
 from imageprompt.diagnosis import Plan, checks, diagnose
@@ -240,6 +240,16 @@ def test_backbones_and_configurations_that_cannot_be(tokenizer, folder):
     assert "Unknown connector" in message(pair(tokenizer, connector="rope"), "composition")
     edit_json(folder / "config.json", image_token_id=100_000)
     assert "outside the vocabulary" in message(diagnose(folder), "configuration")
+
+
+def test_language_models_that_compose_refuses(tokenizer):
+    gptj = GPTJConfig(n_layer=1, n_head=2, n_embd=32, rotary_dim=8, n_positions=128, vocab_size=400)
+    report = pair(tokenizer, gptj)
+    assert not report.ok and "its head has a bias" in message(report, "language model")
+    llama = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=400)
+    report = pair(tokenizer, llama)
+    assert report.ok and "`compose` finds out from its weights" in message(report, "language model")
+    assert status(pair(tokenizer), "language model") == []
 
 
 def test_what_fake_tensors_cannot_follow_is_no_failure(tokenizer, monkeypatch):

@@ -277,6 +277,33 @@ def test_a_wrong_request_is_refused_with_the_reason_and_the_server_lives_on(clie
     assert answer(ask(client, "A")) == expected(served, "A")[0]
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "`messages` is a list of at least one message"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": "hi"}, "at least one message"),
+        ({"messages": [{"content": "hi"}]}, "Message 0 has no `role`"),
+        ({"messages": [{"role": "user"}]}, "Message 0 has no `content`"),
+        ({"messages": [{"role": "user", "content": "A"}], "stop": 5}, "`stop` is a text or a list"),
+        *(
+            ({"messages": [{"role": "user", "content": [part]}]}, "is not understood")
+            for part in (
+                {"type": "image_url"},
+                {"type": "image", "image": "data:image/png;base64,AAAA"},
+                {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+                "A",
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_library_would_drop_or_stumble_over_is_refused(client, body, message):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.post("/chat/completions", body={"model": NAME, **body}, cast_to=object)
+    assert message in refusal.value.response.text
+
+
 def test_the_list_of_models_names_the_one_that_is_served(client):
     assert [model.id for model in client.models.list()] == [NAME]
 

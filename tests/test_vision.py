@@ -294,6 +294,14 @@ def test_every_timm_name_resolves():
         assert resolve_backbone(name).pretrained_cfg.keys() >= {"input_size", "mean", "std"}
 
 
+@pytest.mark.slow  # 1,371 architectures, about ten minutes
+def test_every_timm_name_gives_features():
+    for name in timm.list_models():
+        backbone = resolve_backbone(name)
+        shape = probe_features(name, backbone.model_args, backbone.pretrained_cfg["input_size"])
+        assert shape.size > 0 and min(shape.grid) > 0
+
+
 @pytest.mark.parametrize(
     ("name", "unused"),
     [

@@ -5,20 +5,22 @@ folder, names and shapes alone are read.
 """
 
 import copy
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
-from transformers import AutoConfig, GPT2Config, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..composing import loading, prepare_tokenizer, refuse_foreign_training
 from ..configuration import ImagePromptConfig
 from ..image_processing import ImagePromptImageProcessor
+from ..language_models import refuse_other_kinds
+from ..options import new_gpt2
 from ..processing import ImagePromptProcessor
 from ..vision import resolve_backbone
 from .checks import (
@@ -31,7 +33,7 @@ from .checks import (
     check_weights,
     try_memory,
 )
-from .memory import build_on_meta, count_parts
+from .memory import build_on_meta, count_parts, quiet
 from .report import Budget, Check, Diagnosis, Plan
 
 
@@ -137,13 +139,24 @@ def _compose_pair(
     """What `compose` does, up to the weights."""
     trained = resolve_backbone(vision, model_args=model_args)
     if isinstance(text, str) and text.lstrip().startswith("{"):
-        text = GPT2Config(**json.loads(text))
+        text = new_gpt2("The language model's settings", text)
     if isinstance(text, PreTrainedConfig):
         text_config = copy.deepcopy(text)
     else:
         with loading(text):
             text_config = AutoConfig.from_pretrained(text)
         tokenizer = tokenizer if tokenizer is not None else text
+    with _as_check(report, "language model"), torch.device("meta"), quiet():
+        refuse_other_kinds(AutoModelForCausalLM.from_config(copy.deepcopy(text_config)))
+    if text_config.model_type != "gpt2":
+        report.checks.append(
+            Check(
+                "language model",
+                "warning",
+                f"Whether a plain head is exact for {text_config.model_type}, `compose` finds out from its weights, "
+                "which were not read here.",
+            )
+        )
     if tokenizer is None:
         report.checks.append(Check("tokenizer", "warning", "None was given, so none was checked; training needs one."))
     else:

@@ -65,7 +65,7 @@ def _weights_digest(model_folder: str) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse `argv` (the command line by default), generate, score, and write the results."""
-    parser = HfArgumentParser(EvaluationArguments, description=__doc__)
+    parser = HfArgumentParser(EvaluationArguments, description=__doc__, prog="imageprompt evaluate")
     (args,) = parser.parse_args_into_dataclasses(argv)
     set_seed(args.seed)
     split = read_split(args.dataset, args.split)

@@ -4,13 +4,11 @@ Run it as `imageprompt train …`, `python scripts/train.py …` or `accelerate 
 `TrainingArguments` is an option as well.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import (
-    GPT2Config,
     HfArgumentParser,
     Trainer,
     TrainingArguments,
@@ -21,6 +19,7 @@ from ..composing import compose
 from ..data import ImagePromptCollator
 from ..data.reading import as_rows, augmentation, read_split
 from ..modeling import ImagePromptForConditionalGeneration
+from ..options import feature_layer, json_object, new_gpt2
 from ..processing import ImagePromptProcessor
 
 
@@ -45,6 +44,9 @@ class ModelArguments:
     )
     image_size: int | None = field(default=None, metadata={"help": "Square input in pixels; the backbone's own."})
     crop_pct: float | None = field(default=None, metadata={"help": "Share of the resized image that is kept."})
+    preprocessing: dict | str | None = field(
+        default=None, metadata={"help": "Overrides of the backbone's, JSON: '{\"input_size\": [3, 160, 320]}'."}
+    )
     model_args: dict | str | None = field(default=None, metadata={"help": "Further timm.create_model keywords, JSON."})
     train_vision: bool | None = field(default=None, metadata={"help": "Whether the vision tower learns; as saved."})
     train_connector: bool | None = field(default=None, metadata={"help": "Whether the connector learns; as saved."})
@@ -81,20 +83,20 @@ def build_model(args: ModelArguments) -> tuple[ImagePromptForConditionalGenerati
     else:
         if args.vision is None or (args.text is None) == (args.text_config is None):
             raise ValueError("Pass --model, or --vision with one of --text and --text_config.")
-        preprocessing: dict = {"input_size": (3, args.image_size, args.image_size)} if args.image_size else {}
+        preprocessing = json_object("--preprocessing", args.preprocessing)
+        if args.image_size:
+            preprocessing["input_size"] = (3, args.image_size, args.image_size)
         if args.crop_pct is not None:
             preprocessing["crop_pct"] = args.crop_pct
         model, processor = compose(
             args.vision,
-            args.text or GPT2Config(**_parsed(args.text_config)),
+            args.text or new_gpt2("--text_config", args.text_config),
             tokenizer=args.tokenizer,
             pretrained=args.pretrained is not False,
-            model_args=_parsed(args.model_args),
+            model_args=json_object("--model_args", args.model_args),
             preprocessing=preprocessing,
-            connector_args=_parsed(args.connector_args) or None,
-            feature_layer=args.feature_layer
-            if args.feature_layer in (None, "pooled")
-            else json.loads(args.feature_layer),
+            connector_args=json_object("--connector_args", args.connector_args) or None,
+            feature_layer=feature_layer("--feature_layer", args.feature_layer),
             **{name: parts[name] for name in ("connector", "num_image_tokens", "fusion") if name in parts},
         )
     processor.check_model(model)
@@ -102,13 +104,10 @@ def build_model(args: ModelArguments) -> tuple[ImagePromptForConditionalGenerati
     return model, processor
 
 
-def _parsed(value: dict | str | None) -> dict:
-    return json.loads(value) if isinstance(value, str) else value or {}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse `argv` (the command line by default), train, and save model, processor and metrics."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
+    arguments = (ModelArguments, DataArguments, TrainingArguments)
+    parser = HfArgumentParser(arguments, description=__doc__, prog="imageprompt train")
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
     training_args.remove_unused_columns = False  # the collator reads columns that the model does not name
     training_args.dataloader_pin_memory &= training_args.device.type != "cpu"

@@ -1,0 +1,50 @@
+"""Options of the command line that are JSON, with errors that name the option."""
+
+import difflib
+import json
+from dataclasses import fields
+from typing import Any
+
+from transformers import GPT2Config
+
+
+def json_object(option: str, value: str | dict | None) -> dict[str, Any]:
+    """The object that an option holds; nothing is an empty one.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
+    if value is None or isinstance(value, dict):
+        return value or {}
+    parsed = _parsed(option, value)
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{option} is a JSON object, such as '{{\"name\": 1}}', got {value!r}.")
+    return parsed
+
+
+def feature_layer(option: str, value: str | None) -> Any:
+    """`feature_layer` of the configuration: "pooled", a number or a list of numbers."""
+    return value if value in (None, "pooled") else _parsed(option, value)
+
+
+def new_gpt2(option: str, value: str | dict | None) -> GPT2Config:
+    """The configuration of a new GPT-2.
+
+    Raises:
+        ValueError: if it is no JSON object, or names a setting that GPT-2 does not have.
+    """
+    settings = json_object(option, value)
+    known = {field.name for field in fields(GPT2Config)} | GPT2Config.attribute_map.keys()
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{option}: GPT-2 has no setting {name!r}.{hint}")
+    return GPT2Config(**settings)
+
+
+def _parsed(option: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} is no JSON: {value!r} ({error}).") from error
