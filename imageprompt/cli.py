@@ -52,13 +52,13 @@ def generate(
     num_beams: Annotated[int, typer.Option(help="Beams; 1 is greedy search.", min=1)] = 1,
 ) -> None:
     """Print one line per image: its name, a tab, and what the model says."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     from .generating import find_images, generate_texts
+    from .modeling import ImagePromptForConditionalGeneration
+    from .processing import ImagePromptProcessor
 
     files = find_images(images)
-    loaded = AutoModelForImageTextToText.from_pretrained(model, device_map="auto")
-    processor = AutoProcessor.from_pretrained(model)
+    loaded = ImagePromptForConditionalGeneration.from_pretrained(model, device_map="auto")
+    processor = ImagePromptProcessor.from_pretrained(model)
     processor.check_model(loaded)
     answers = generate_texts(
         loaded,

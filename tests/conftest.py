@@ -37,7 +37,7 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data, where the workplace has one."""
+    """A folder of real data beside the repository, where there is one."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA}")
     return SHARED_DATA

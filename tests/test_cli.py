@@ -4,7 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from conftest import picture, tiny
+from conftest import picture, tiny, tiny_gpt2
 from typer.testing import CliRunner
 
 from imageprompt.cli import app, main
@@ -58,6 +58,11 @@ def test_a_mistake_ends_with_its_message(saved, capsys):
         main_with("generate", "/no/such/model", str(saved / "0.png"))
     assert end.value.code == 2
     assert "/no/such/model" in capsys.readouterr().err
+    tiny_gpt2().save_pretrained(saved / "gpt2")
+    with pytest.raises(SystemExit) as end:
+        main_with("generate", str(saved / "gpt2"), str(saved / "0.png"))
+    assert end.value.code == 2
+    assert "'gpt2' checkpoint, not one of imageprompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "evaluate"])
