@@ -294,7 +294,7 @@ def test_every_timm_name_resolves():
         assert resolve_backbone(name).pretrained_cfg.keys() >= {"input_size", "mean", "std"}
 
 
-@pytest.mark.slow  # 1,371 architectures, about ten minutes
+@pytest.mark.slow  # 1,371 architectures, about ten minutes on one idle core
 def test_every_timm_name_gives_features():
     for name in timm.list_models():
         backbone = resolve_backbone(name)
