@@ -6,7 +6,7 @@ images whose placeholder it has passed, and one that has passed none, as in rows
 entirely. So a row does not depend on its neighbours, and text without images stays what GPT-2 makes of it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ class ImageState:
     """
 
     keys_and_values: DynamicCache
-    mask: Tensor | None = field(default=None)
-    passed: Tensor | None = field(default=None)
+    mask: Tensor | None = None
+    passed: Tensor | None = None
 
 
 class ImageCache(EncoderDecoderCache):
