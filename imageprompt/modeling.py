@@ -247,6 +247,10 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             ValueError: if the placeholders do not match the features one to one.
         """
         mask = self._placeholders(input_ids, inputs_embeds)
+        self._check_placeholders(mask, image_features)
+        return mask.unsqueeze(-1)
+
+    def _check_placeholders(self, mask: Tensor, image_features: Tensor | None) -> None:
         num_placeholders, expected = mask.sum(), 0
         if image_features is not None:
             num_images, num_tokens = image_features.shape[:2]
@@ -260,7 +264,6 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
                 "of the processor that was saved with this model."
             ),
         )
-        return mask.unsqueeze(-1)
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         if input_ids is not None:
@@ -398,12 +401,12 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
     ) -> dict[str, Tensor]:
         """Cross-attention fusion: the image tokens of each row, and which of them each position reads."""
         placeholders = None
-        if input_ids is not None or is_prefill:
+        if input_ids is not None or is_prefill or image_tokens is not None:
             placeholders = self._placeholders(input_ids, inputs_embeds)
         if image_tokens is not None:
             if cache is not None:
                 self._make_room_for_images(cache)
-            self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
+            self._check_placeholders(placeholders, image_tokens)
             states, mask = group_by_row(placeholders, image_tokens)
         elif cache is not None and cache.holds_images:
             states, mask = inputs_embeds, cache.images.mask  # not read: their keys and values are in the cache
@@ -416,7 +419,7 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             mask = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
         else:
             if is_prefill:
-                self.get_placeholder_mask(input_ids, inputs_embeds, None)
+                self._check_placeholders(placeholders, None)
             return {}
 
         passed = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
@@ -431,10 +434,10 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
                 (needed == there_are if is_whole_prompt else needed <= there_are).all(),
                 "Image features and image tokens do not match: each image of a row needs one placeholder in it.",
             )
-        if cache is not None:
-            cache.remember(mask, passed)
         if self.language_model.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError("Cross-attention runs with `attn_implementation` 'sdpa' or 'eager' only.")
+        if cache is not None:
+            cache.remember(mask, passed)
         scores = attention_to_images(mask, passed, self.config.num_image_tokens, inputs_embeds.dtype)
         return {"encoder_hidden_states": states, "encoder_attention_mask": scores}
 
