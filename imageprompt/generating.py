@@ -64,7 +64,7 @@ def find_images(sources: Iterable[str]) -> list[str]:
     Raises:
         ValueError: if a source does not exist, or a folder holds no image.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = image_suffixes()
     found = []
     for source in sources:
         path = Path(source)
@@ -78,3 +78,8 @@ def find_images(sources: Iterable[str]) -> list[str]:
         else:
             raise ValueError(f"There is no image {source}.")
     return found
+
+
+def image_suffixes() -> set[str]:
+    """How the names of image files end that can be read: ".jpg", …"""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}

@@ -15,7 +15,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from typer.testing import CliRunner
 
 from imageprompt.evaluation.evaluate import EvaluationArguments
-from imageprompt.training.train import DataArguments, ModelArguments, main
+from imageprompt.data.arguments import DataArguments
+from imageprompt.training.train import ModelArguments, main
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Pages whose Python blocks are executed here, each as one program, with a tiny `model` and its `processor` at hand.

@@ -17,7 +17,7 @@ from transformers import (
 
 from ..composing import compose
 from ..data import ImagePromptCollator
-from ..data.reading import as_rows, augmentation, read_split
+from ..data.arguments import DataArguments, training_data
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import feature_layer, json_object, new_gpt2
 from ..processing import ImagePromptProcessor
@@ -51,21 +51,6 @@ class ModelArguments:
     train_vision: bool | None = field(default=None, metadata={"help": "Whether the vision tower learns; as saved."})
     train_connector: bool | None = field(default=None, metadata={"help": "Whether the connector learns; as saved."})
     train_text: bool | None = field(default=None, metadata={"help": "Whether the language model learns; as saved."})
-
-
-@dataclass
-class DataArguments:
-    """Which data: a data set that `datasets.load_dataset` understands, and the names of its columns."""
-
-    dataset: str = field(metadata={"help": "Local folder or Hub name."})
-    train_split: str = field(default="train")
-    eval_split: str = field(default="validation", metadata={"help": "Used with --eval_strategy."})
-    image_column: str = field(default="image")
-    suffix_column: str = field(default="suffix", metadata={"help": "The text to learn; of a list, one is drawn."})
-    text_column: str | None = field(default=None, metadata={"help": "A prompt for each row, such as a question."})
-    prompt: str = field(default="", metadata={"help": "One prompt for all rows."})
-    augment: bool = field(default=False, metadata={"help": "Crop and mirror training images at random."})
-    max_length: int | None = field(default=None, metadata={"help": "Trim longer answers; in tokens, with the image."})
 
 
 def build_model(args: ModelArguments) -> tuple[ImagePromptForConditionalGeneration, ImagePromptProcessor]:
@@ -113,19 +98,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     training_args.dataloader_pin_memory &= training_args.device.type != "cpu"
     set_seed(training_args.seed)
 
-    columns = {name: getattr(data_args, name) for name in ("image_column", "suffix_column", "text_column", "prompt")}
-    train_split = read_split(data_args.dataset, data_args.train_split)
-    evaluates = training_args.eval_strategy != "no"
-    eval_rows = (
-        as_rows(read_split(data_args.dataset, data_args.eval_split), draw=False, **columns) if evaluates else None
-    )
     model, processor = build_model(model_args)
-    augment = augmentation(model.config.image_size) if data_args.augment else None
-
+    train_rows, eval_rows = training_data(
+        data_args,
+        model.config.image_size,
+        evaluates=training_args.eval_strategy != "no",
+        seed=training_args.seed,
+    )
     trainer = Trainer(
         model,
         training_args,
-        train_dataset=as_rows(train_split, augment=augment, **columns),
+        train_dataset=train_rows,
         eval_dataset=eval_rows,
         data_collator=ImagePromptCollator(processor, max_length=data_args.max_length),
         processing_class=processor,

@@ -1,0 +1,113 @@
+"""Options of training that say which data, and the rows that they ask for."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ..options import json_object
+from .augmenting import augmentation
+from .rows import Mixture, check_weights, mix_streams, read_rows, stream_rows
+from .sources import Source
+
+
+@dataclass
+class TrainingSource(Source):
+    """A source with its splits and the augmentation of its images."""
+
+    train_split: str = field(default="train", metadata={"help": 'Such as train, "train[:80%]" or train+validation.'})
+    eval_split: str | None = field(default="validation", metadata={"help": "Used with --eval_strategy."})
+    augment: bool = field(default=False, metadata={"help": "Crop and mirror training images at random."})
+    augment_args: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": 'How, in timm\'s words, JSON: \'{"scale": [0.8, 1], "hflip": 0, "auto_augment": "rand-m7"}\'.'
+        },
+    )
+
+
+@dataclass
+class DataArguments(TrainingSource):
+    """Which data: one source (`--dataset` and the names of its columns) or a mixture of several."""
+
+    mixture: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --dataset, a JSON file with a list of sources: objects with these same settings, and "
+            "`name` and `weight`, its share of the rows."
+        },
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Trim longer answers; in tokens, with the image."})
+    max_broken_rows: int = field(default=100, metadata={"help": "Leave out so many rows that cannot be read."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream that are shuffled among each other."})
+
+
+def training_data(
+    args: DataArguments, image_size: tuple[int, int], *, evaluates: bool, seed: int = 0
+) -> tuple[Dataset, Any]:
+    """Rows to train on and, if `evaluates`, rows to evaluate on; of a mixture, a dictionary with those of each source.
+
+    Raises:
+        ValueError: for anything that is missing or cannot be; all sources are opened before any work starts.
+    """
+    sources = dict(_sources(args))
+    streams = any(source.streaming for source, _ in sources.values())
+    broken = {"max_broken": args.max_broken_rows}
+    training: dict[str, Any] = {}
+    for name, (source, _) in sources.items():
+        augment = augmentation(image_size, json_object("--augment_args", source.augment_args))
+        read = stream_rows if streams else read_rows
+        rows = read(source, source.train_split, augment=augment if source.augment else None, **broken)
+        training[name] = rows.shuffle(seed=seed, buffer_size=args.shuffle_buffer) if streams else rows
+    evaluation = {
+        name: read_rows(replace(source, streaming=False), source.eval_split, draw=False, **broken)
+        for name, (source, _) in sources.items()
+        if evaluates and source.eval_split is not None
+    }
+    if args.mixture is None:
+        return training["data"], evaluation.get("data")
+    given = [weight for _, weight in sources.values()]
+    weights = None if None in given else given
+    mixture = mix_streams(training, weights, seed) if streams else Mixture(training, weights)
+    return mixture, evaluation or None
+
+
+def _sources(args: DataArguments) -> Iterator[tuple[str, tuple[TrainingSource, Any]]]:
+    """Name, settings and weight of every source."""
+    names = [setting.name for setting in fields(TrainingSource)]
+    if args.mixture is None:
+        yield "data", (TrainingSource(**{name: getattr(args, name) for name in names}), None)
+        return
+    if args.dataset is not None:
+        raise ValueError("Pass `--dataset` or `--mixture`, not both.")
+    try:
+        entries = json.loads(Path(args.mixture).expanduser().read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"--mixture is a JSON file with a list of sources; {args.mixture!r} is not ({error})."
+        ) from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{args.mixture} holds no list of sources, each an object with `dataset` and its columns.")
+    streaming = {bool(entry.get("streaming")) for entry in entries}
+    if len(streaming) > 1:
+        raise ValueError(f"{args.mixture}: either all sources stream or none.")
+    weighted = {"weight" in entry for entry in entries}
+    if len(weighted) > 1:
+        raise ValueError(f"{args.mixture}: give every source a `weight`, or none.")
+    seen = set()
+    for entry in entries:
+        settings = dict(entry)
+        weight = settings.pop("weight", None)
+        name = str(settings.pop("name", Path(str(entry.get("dataset"))).stem))
+        if unknown := sorted(settings.keys() - set(names)):
+            raise ValueError(
+                f"{args.mixture}: a source has no setting {', '.join(unknown)}. It has {', '.join(names)}."
+            )
+        if name in seen:
+            raise ValueError(f"{args.mixture}: two sources are called {name!r}; give them a `name` each.")
+        seen.add(name)
+        check_weights(None if weight is None else [weight], [name])
+        yield name, (TrainingSource(**settings), weight)

@@ -1,0 +1,410 @@
+"""Rows for the collator: `image`, `text` (the prompt) and `suffix` (the text to learn), made when they are read.
+
+So captions are drawn and images augmented anew in every epoch, and a broken row is met when its turn comes: it is
+named, counted and left out, until there are too many of them.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset, IterableDataset, List, interleave_datasets
+from torch.utils.data import Dataset as TorchDataset
+from transformers.utils import logging
+
+from ..image_processing import open_image, to_mode
+from .sources import Source, load
+
+logger = logging.get_logger(__name__)
+
+Augmentation = Callable[[Any], Any]
+
+
+class BrokenRow(ValueError):
+    """A row that cannot be used: its image cannot be read, or a text is missing."""
+
+
+class Rows(TorchDataset):
+    """The rows of a data set that is not a stream.
+
+    `rows[i]` is a dictionary with `text`, `suffix` and, where there are images, `image` or `images`. A row whose
+    prompts and suffixes are both lists becomes one row for each pair.
+
+    Args:
+        dataset: as [`load`] returns it.
+        source: which columns are what.
+        augment: applied to every image, PIL to PIL.
+        draw: of several suffixes, draw one whenever the row is read, or always take the first, for evaluation.
+        max_broken: so many broken rows are left out in training; one more stops it.
+
+    Raises:
+        ValueError: if prompts and suffixes of a row are lists of different lengths.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        source: Source,
+        *,
+        augment: Augmentation | None = None,
+        draw: bool = True,
+        max_broken: int = 100,
+    ):
+        self.source, self.augment, self.draw, self.max_broken = source, augment, draw, max_broken
+        self.class_names = _class_names(dataset, source)
+        self._images = dataset.select_columns([source.image_column]) if source.has_images else None
+        self._texts = dataset.select_columns(list(filter(None, {source.text_column, source.suffix_column})))
+        self._pairs = self._list_pairs(dataset)
+        # A byte per row, in memory that data loading processes share: a row counts once, however often it is read.
+        self._broken = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
+
+    def _list_pairs(self, dataset: Dataset) -> list[tuple[int, int]] | None:
+        """(row, number of the pair) of every pair, if prompts are lists."""
+        text_column, suffix_column = self.source.text_column, self.source.suffix_column
+        if text_column is None or not isinstance(dataset.features[text_column], List):
+            return None
+        pairs = []
+        for row, (texts, suffixes) in enumerate(zip(self._texts[text_column], self._texts[suffix_column], strict=True)):
+            if not isinstance(suffixes, list) or len(suffixes) != len(texts or []):
+                raise ValueError(
+                    f"{self._row_name(row)} has {len(texts or [])} of {text_column!r} but {suffixes!r:.200} in "
+                    f"{suffix_column!r}: lists of prompts need lists of as many suffixes."
+                )
+            pairs += [(row, number) for number in range(len(texts))]
+        return pairs
+
+    def __len__(self) -> int:
+        return len(self._texts) if self._pairs is None else len(self._pairs)
+
+    def _locate(self, index: int) -> tuple[int, int | None]:
+        return (index, None) if self._pairs is None else self._pairs[index]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One row.
+
+        Raises:
+            BrokenRow: naming it, if its image cannot be read or a text is missing.
+        """
+        text, suffixes = self.texts(index)
+        row = {"text": text, "suffix": random.choice(suffixes) if self.draw else suffixes[0]}
+        return row | self._read_images(index)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of a batch, without the broken ones; if all are broken, the next readable row."""
+        rows = [row for index in indices if (row := self._unless_broken(index)) is not None]
+        following = indices[-1]
+        while not rows:
+            following = (following + 1) % len(self)
+            if (row := self._unless_broken(following)) is not None:
+                rows.append(row)
+        return rows
+
+    def _unless_broken(self, index: int) -> dict[str, Any] | None:
+        if self._broken[index]:
+            return None
+        try:
+            return self[index]
+        except BrokenRow as error:
+            self._broken[index] = 1
+            stop_if_too_many(int(self._broken.sum()), self.max_broken, len(self), error)
+            return None
+
+    @property
+    def broken(self) -> list[str]:
+        """The names of the broken rows that were met so far."""
+        return [self.name(int(index)) for index in self._broken.nonzero()]
+
+    def texts(self, index: int) -> tuple[str, list[str]]:
+        """The prompt and all suffixes of a row; no image is read.
+
+        Raises:
+            BrokenRow: if one is missing.
+        """
+        row, number = self._locate(index)
+        values = self._texts[row]
+        with _naming(lambda: self.name(index)):
+            return _texts(values, number, self.source, self.class_names)
+
+    def _read_images(self, index: int) -> dict[str, Any]:
+        if self._images is None:
+            return {}
+        value = self._images[self._locate(index)[0]][self.source.image_column]
+        with _naming(lambda: self.name(index)):
+            return _images(value, self.source.image_root, self.augment)
+
+    def lengths(self) -> list[int]:
+        """Characters of prompt and longest suffix of every row, for batches of rows of like length."""
+        lengths = []
+        for index in range(len(self)):
+            try:
+                text, suffixes = self.texts(index)
+            except BrokenRow:
+                text, suffixes = "", [""]
+            lengths.append(len(text) + max(map(len, suffixes)))
+        return lengths
+
+    def name(self, index: int) -> str:
+        """What to call a row in messages: its number and, where it has one, its file."""
+        row, number = self._locate(index)
+        return self._row_name(row) + ("" if number is None else f", prompt {number}")
+
+    def _row_name(self, row: int) -> str:
+        value = self._images[row][self.source.image_column] if self._images is not None else None
+        file = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
+        return f"Row {row} of {self.source.dataset}" + (f" ({file:.200})" if file else "")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the rows hold: prompts, suffixes and the images' files; reads them all."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            try:
+                digest.update(repr(self.texts(index)).encode())
+            except BrokenRow as error:
+                digest.update(repr(error).encode())
+        for values in self._images[self.source.image_column] if self._images is not None else []:
+            for value in values if isinstance(values, list) else [values]:
+                digest.update(_content(value, self.source.image_root))
+        return digest.hexdigest()
+
+
+class Mixture(TorchDataset):
+    """Rows of several sources in one data set, each with its share.
+
+    A pass over the mixture has as many rows as the sources have together. A source that is to give more rows than it
+    has gives some again; one that is to give fewer gives others each time.
+
+    Args:
+        parts: the sources' rows, by name.
+        weights: the share of each, in any unit; by default each row counts the same.
+
+    Raises:
+        ValueError: if there is nothing to mix, or a weight is not positive.
+    """
+
+    def __init__(self, parts: dict[str, Rows], weights: Sequence[float] | None = None):
+        if not parts:
+            raise ValueError("A mixture needs at least one source.")
+        self.parts = parts
+        sizes = [len(rows) for rows in parts.values()]
+        shares = check_weights(weights, list(parts)) or sizes
+        self.counts = [max(1, round(sum(sizes) * share / sum(shares))) for share in shares]
+        self._ends = list(accumulate(self.counts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _locate(self, index: int) -> tuple[Rows, int]:
+        for rows, count, end in zip(self.parts.values(), self.counts, self._ends, strict=True):
+            if index < end:
+                place = index - (end - count)
+                # Of more rows than places, each place has its own to choose from: none comes twice in a pass.
+                choices = range(place, len(rows), count) if count < len(rows) else [place % len(rows)]
+                return rows, random.choice(choices)
+        raise IndexError(index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rows, place = self._locate(index)
+        return rows[place]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of a batch, without the broken ones."""
+        read = [rows._unless_broken(place) for rows, place in map(self._locate, indices)]
+        batch = [row for row in read if row is not None]
+        return batch or self._locate(indices[-1])[0].__getitems__([0])
+
+    @property
+    def broken(self) -> list[str]:
+        """The names of the broken rows that were met so far."""
+        return [name for rows in self.parts.values() for name in rows.broken]
+
+    def lengths(self) -> list[int]:
+        """As of [`Rows`]; where a place has several rows to choose from, of the first."""
+        lengths = []
+        for rows, count in zip(self.parts.values(), self.counts, strict=True):
+            own = rows.lengths()
+            lengths += [own[place % len(own)] for place in range(count)]
+        return lengths
+
+
+def read_rows(
+    source: Source,
+    split: str,
+    *,
+    augment: Augmentation | None = None,
+    draw: bool = True,
+    max_broken: int = 100,
+) -> Rows:
+    """The rows of one split of a source; see [`Rows`] for the arguments.
+
+    Raises:
+        ValueError: as [`load`] does, or for a streaming source, which has no rows to count.
+    """
+    if source.streaming:
+        raise ValueError("A stream can only be trained on: leave out `--streaming`.")
+    return Rows(load(source, split), source, augment=augment, draw=draw, max_broken=max_broken)
+
+
+def stream_rows(
+    source: Source, split: str, *, augment: Augmentation | None = None, max_broken: int = 100
+) -> IterableDataset:
+    """The rows of a stream, as of [`Rows`]; broken ones are left out as they come.
+
+    Every data loading process counts its own broken rows.
+    """
+    dataset = load(source, split)
+    class_names = _class_names(dataset, source)
+    pairs = source.text_column is not None and isinstance(dataset.features[source.text_column], List)
+    broken = 0
+
+    def to_rows(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        nonlocal broken
+        values = {column: entries[0] for column, entries in batch.items()}
+        name = f"Row {indices[0]} of {source.dataset}"
+        rows = []
+        try:
+            with _naming(lambda: name):
+                numbers = range(len(values[source.text_column])) if pairs else [None]
+                images = _images(values[source.image_column], source.image_root, augment) if source.has_images else {}
+                for number in numbers:
+                    text, suffixes = _texts(values, number, source, class_names)
+                    rows.append({"text": text, "suffix": random.choice(suffixes), **images})
+        except BrokenRow as error:
+            broken += 1
+            stop_if_too_many(broken, max_broken, None, error)
+        return {key: [row[key] for row in rows] for key in (rows[0] if rows else ("text", "suffix"))}
+
+    return dataset.map(
+        to_rows, with_indices=True, batched=True, batch_size=1, remove_columns=list(dataset.features), features=None
+    )
+
+
+def mix_streams(
+    parts: dict[str, IterableDataset], weights: Sequence[float] | None = None, seed: int = 0
+) -> IterableDataset:
+    """Rows of several streams, drawn with the weights given (equal by default), until every stream has ended."""
+    shares = check_weights(weights, list(parts)) or [1.0] * len(parts)
+    return interleave_datasets(
+        list(parts.values()),
+        probabilities=[share / sum(shares) for share in shares],
+        seed=seed,
+        stopping_strategy="all_exhausted",
+    )
+
+
+def check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float] | None:
+    """The weights, if there are any.
+
+    Raises:
+        ValueError: naming the source, if one is not a positive number, or there is not one for each.
+    """
+    if weights is None:
+        return None
+    if len(weights) != len(names):
+        raise ValueError(f"{len(weights)} weights for {len(names)} sources ({', '.join(names)}).")
+    for name, weight in zip(names, weights, strict=True):
+        if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise ValueError(f"The weight of {name} is a positive number, got {weight!r}.")
+    return list(weights)
+
+
+def stop_if_too_many(broken: int, max_broken: int, of: int | None, error: BrokenRow) -> None:
+    """Say that a row is left out, or that it is one too many.
+
+    Raises:
+        ValueError: for row `max_broken` + 1, or when no row is left.
+    """
+    if broken > max_broken or broken == of:
+        total = "" if of is None else f" of {of:,}"
+        raise ValueError(
+            f"{broken} broken rows{total}; the last: {error} Mend the data, or raise `--max_broken_rows` "
+            f"(now {max_broken}) to go on without them."
+        )
+    logger.warning(f"Left out: {error}")
+
+
+@contextmanager
+def _naming(name: Callable[[], str]) -> Iterator[None]:
+    """Whatever goes wrong with a row is a [`BrokenRow`] that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise BrokenRow(f"{name()}: {error}") from error
+
+
+def _class_names(dataset: Dataset | IterableDataset, source: Source) -> list[str] | None:
+    feature = dataset.features[source.suffix_column]
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    if source.class_names is not None and names is not None and len(source.class_names) != len(names):
+        raise ValueError(f"`--class_names` has {len(source.class_names)} words for the {len(names)} classes {names}.")
+    return source.class_names or names
+
+
+def _texts(
+    values: dict[str, Any], number: int | None, source: Source, class_names: list[str] | None
+) -> tuple[str, list[str]]:
+    """Prompt and suffixes of a row, with a space between where words would run together."""
+    text, suffixes = source.prompt, values[source.suffix_column]
+    if number is not None:
+        suffixes = suffixes[number]
+    if source.text_column is not None:
+        own = values[source.text_column] if number is None else values[source.text_column][number]
+        if not isinstance(own, str) or not own:
+            raise ValueError(f"no prompt in {source.text_column!r}, but {own!r}.")
+        if text and "{text}" not in text:
+            raise ValueError(f"`--prompt` beside `--text_column` holds {{text}}, where each row's own goes: {text!r}.")
+        text = text.replace("{text}", own) if text else own
+    words = [_word(value, source, class_names) for value in (suffixes if isinstance(suffixes, list) else [suffixes])]
+    if not words:
+        raise ValueError(f"no text in {source.suffix_column!r}.")
+    return text, [separate(text, word) for word in words]
+
+
+def _word(value: Any, source: Source, class_names: list[str] | None) -> str:
+    if isinstance(value, int) and class_names is not None:
+        if not 0 <= value < len(class_names):
+            raise ValueError(f"class {value} in {source.suffix_column!r}, but there are {len(class_names)} names.")
+        return class_names[value]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
+        raise ValueError(f"no text in {source.suffix_column!r}, but {value!r}.")
+    return str(value)
+
+
+def separate(text: str, suffix: str) -> str:
+    """The suffix with a space in front where the words would otherwise run together."""
+    return suffix if not text or text[-1].isspace() or suffix[:1].isspace() else f" {suffix}"
+
+
+def _images(value: Any, root: Path, augment: Augmentation | None) -> dict[str, Any]:
+    def read(value: Any) -> Any:
+        image = open_image(_file_or_bytes(value, root))
+        # Upright and with all of its bits, as the processor would make it.
+        return augment(to_mode(image, "RGB")) if augment else image
+
+    if isinstance(value, list):
+        return {"images": [read(item) for item in value]}
+    return {"image": read(value)}
+
+
+def _file_or_bytes(value: Any, root: Path) -> str | bytes:
+    """What `datasets` knows of an image: its bytes, or where it lies."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"no image, but {value!r:.100}.")
+    return value if "://" in value or value.startswith("data:") else str(root / value)
+
+
+def _content(value: Any, root: Path) -> bytes:
+    try:
+        found = _file_or_bytes(value, root)
+        return found if isinstance(found, bytes) else Path(found).read_bytes()
+    except (OSError, ValueError):  # unreadable, or on the network: its name must do
+        return repr(value).encode()

@@ -1,0 +1,243 @@
+"""Where data comes from: everything that people keep images and texts in, as a `datasets.Dataset`.
+
+A [`Source`] names a data set and says which of its columns are what. Its fields are options of `imageprompt train` and
+`imageprompt evaluate`. [`load`] reads it; images stay undecoded, so that one broken file does not stop the rest.
+"""
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+
+from ..generating import image_suffixes
+
+# The builder of `datasets` that reads a file of each kind.
+_BUILDERS = {
+    ".arrow": ("arrow", {}),
+    ".csv": ("csv", {}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".tar": ("webdataset", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".txt": ("text", {}),
+}
+_TABLES = {".csv", ".json", ".jsonl", ".parquet", ".tsv"}
+
+
+@dataclass
+class Source:
+    """A data set, and which of its columns hold the image, the prompt and the text to learn (or to compare with)."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name, local folder or file: parquet, csv, tsv, json, jsonl, txt, webdataset .tar, a folder of "
+            "images with a table, COCO, Karpathy or VQA JSON."
+        },
+    )
+    subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    image_column: str = field(default="image", metadata={"help": "Images, paths or lists of them; none: only text."})
+    suffix_column: str = field(default="suffix", metadata={"help": "The text to learn: a text, several, or a class."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "A prompt for each row, such as a question, or a list: one for each suffix."}
+    )
+    prompt: str = field(
+        default="", metadata={"help": "One prompt for all rows; with --text_column, {text} stands for the row's own."}
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Words for the classes 0, 1, … of --suffix_column; the data set's own."}
+    )
+    image_folder: str | None = field(default=None, metadata={"help": "Where image paths start; the file's folder."})
+    annotations: str | None = field(default=None, metadata={"help": "The file of answers to a VQA file of questions."})
+    shuffle_rows: int | None = field(
+        default=None, metadata={"help": "Seed to shuffle the rows with before a split such as train[:80%] is cut."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read on while training, without a copy on the disk."})
+
+    @property
+    def has_images(self) -> bool:
+        """Whether rows have images."""
+        return self.image_column.lower() != "none"
+
+    @property
+    def image_root(self) -> Path:
+        """Where relative image paths start."""
+        if self.image_folder is not None:
+            return Path(self.image_folder).expanduser()
+        path = Path(self.dataset or "").expanduser()
+        return path if path.is_dir() else path.parent
+
+
+def load(source: Source, split: str) -> Dataset | IterableDataset:
+    """One split of a source, with its images undecoded.
+
+    Args:
+        split: a name, or a part or sum of splits as `datasets` writes them: "train[:80%]", "train+validation".
+
+    Raises:
+        ValueError: if there is no such data, split or column (what is there is named), or the split is empty.
+    """
+    splits = _load_splits(source)
+    dataset = _stream(source, splits, split) if source.streaming else _cut(source, splits, split)
+    columns = dataset.column_names
+    if columns is None:  # a stream of which the first row is not read yet
+        dataset = dataset._resolve_features()
+        columns = dataset.column_names
+    wanted = [source.suffix_column] + [source.image_column] * source.has_images + [source.text_column or ""]
+    for column in filter(None, wanted):
+        if column not in columns:
+            raise ValueError(f"{source.dataset} has no column {column!r}; it has {', '.join(columns)}.")
+    for column, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            dataset = dataset.cast_column(column, List(Image(decode=False)))
+    return dataset
+
+
+def _load_splits(source: Source) -> Any:
+    """All splits by name."""
+    name = source.dataset
+    if not name:
+        raise ValueError("Which data? Pass `--dataset`: a local folder or file, or a Hub name.")
+    path = Path(name).expanduser()
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or path.suffix in _BUILDERS:
+            raise ValueError(f"There is no data set at {path}.")
+        return load_dataset(name, source.subset, streaming=source.streaming)
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            saved = load_from_disk(str(path))
+            return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+        table = _table_beside_images(path)
+        if table is None:
+            return load_dataset(str(path), source.subset, streaming=source.streaming)
+        path = table
+    if path.suffix == ".json" and (annotated := _annotated_images(path, source)) is not None:
+        return annotated
+    if path.suffix not in _BUILDERS:
+        raise ValueError(f"{path} is of no kind that can be read; those are {', '.join(sorted(_BUILDERS))}.")
+    builder, options = _BUILDERS[path.suffix]
+    return load_dataset(builder, data_files={"train": str(path)}, streaming=source.streaming, **options)
+
+
+def _cut(source: Source, splits: DatasetDict, split: str) -> Dataset:
+    if source.shuffle_rows is not None:
+        splits = DatasetDict({name: part.shuffle(seed=source.shuffle_rows) for name, part in splits.items()})
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(part) for name, part in splits.items()})
+    except ValueError as error:
+        raise ValueError(
+            f"{source.dataset} has no split {split!r}; it has {', '.join(splits)}. A part of one is cut like "
+            f'"{next(iter(splits))}[:80%]".'
+        ) from error
+    dataset = concatenate_datasets(
+        [splits[part.splitname].select(range(part.from_, max(part.from_, part.to))) for part in parts]
+    )
+    if len(dataset) == 0:
+        raise ValueError(f"The split {split!r} of {source.dataset} is empty.")
+    return dataset
+
+
+def _stream(source: Source, splits: IterableDatasetDict, split: str) -> IterableDataset:
+    if source.shuffle_rows is not None:
+        raise ValueError("A stream has no end from which it could be shuffled: leave out `--shuffle_rows`.")
+    if isinstance(splits, DatasetDict):
+        splits = IterableDatasetDict({name: part.to_iterable_dataset() for name, part in splits.items()})
+    if split not in splits:
+        raise ValueError(
+            f"{source.dataset} has no split {split!r}; it has {', '.join(splits)}. Parts of splits need an end, which "
+            "a stream does not have: for them, leave out `--streaming`."
+        )
+    return splits[split]
+
+
+def _table_beside_images(folder: Path) -> Path | None:
+    """The one table in a folder of images, where `datasets` does not find it by its name."""
+    files = [file for file in folder.iterdir() if file.is_file()]
+    tables = [file for file in files if file.suffix in _TABLES]
+    named = any(file.stem == "metadata" for file in tables)
+    suffixes = image_suffixes()
+    holds_images = any(file.suffix.lower() in suffixes for file in folder.rglob("*"))
+    return tables[0] if len(tables) == 1 and not named and holds_images else None
+
+
+def _annotated_images(path: Path, source: Source) -> DatasetDict | None:
+    """The rows of a JSON file in COCO's, Karpathy's or VQA's form; None for any other."""
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError:  # one object a line, or broken, as `datasets` will say
+        return None
+    if not isinstance(content, dict):
+        return None
+    if "questions" in content:
+        return DatasetDict(train=_vqa(content["questions"], source))
+    images = content.get("images")
+    if isinstance(images, list) and images and "sentences" in images[0]:
+        return _karpathy(images)
+    if isinstance(images, list) and "annotations" in content:
+        return DatasetDict(train=_coco(images, content["annotations"]))
+    return None
+
+
+def _coco(images: list[dict], annotations: list[dict]) -> Dataset:
+    """COCO's captions (arXiv 1504.00325): `image`, `image_id` and `captions`, the images without captions left out."""
+    captions = defaultdict(list)
+    for annotation in annotations:
+        captions[annotation["image_id"]].append(annotation["caption"])
+    files = {image["id"]: image["file_name"] for image in images}
+    rows = [{"image": files[id], "image_id": id, "captions": texts} for id, texts in captions.items() if id in files]
+    return Dataset.from_list(rows)
+
+
+def _karpathy(images: list[dict]) -> DatasetDict:
+    """Karpathy's JSON (arXiv 1412.2306) of COCO, Flickr8k and Flickr30k: `image` and `captions` for each split."""
+    splits = defaultdict(list)
+    for image in images:
+        file = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+        captions = [sentence["raw"] for sentence in image["sentences"]]
+        splits["validation" if image["split"] == "val" else image["split"]].append(
+            {"image": file, "captions": captions}
+        )
+    return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
+
+
+def _vqa(questions: list[dict], source: Source) -> Dataset:
+    """VQA's JSON (arXiv 1612.00837): `image`, `question`, the ten `answers` and the commonest, `answer`.
+
+    A question names its image by number; the image is the file whose name ends with it.
+    """
+    files = {}
+    for file in sorted(source.image_root.iterdir()):
+        if number := re.search(r"(\d+)\.\w+$", file.name):
+            files[int(number[1])] = file.name
+    answers = {}
+    if source.annotations is not None:
+        content = json.loads(Path(source.annotations).expanduser().read_text())["annotations"]
+        answers = {entry["question_id"]: entry for entry in content}
+    rows = []
+    for question in questions:
+        row = {key: question[key] for key in ("question_id", "image_id", "question")}
+        row["image"] = files.get(question["image_id"], f"image {question['image_id']} in {source.image_root}")
+        if source.annotations is not None:
+            entry = answers.get(question["question_id"], {})
+            row["answer"] = entry.get("multiple_choice_answer")
+            row["answers"] = [answer["answer"] for answer in entry.get("answers", [])]
+        rows.append(row)
+    return Dataset.from_list(rows)
