@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ..options import json_object
 from .augmenting import augmentation
-from .rows import Mixture, check_weights, mix_streams, read_rows, stream_rows
+from .rows import Mixture, StreamMixture, check_weights, read_rows, stream_rows
 from .sources import Source
 
 
@@ -71,7 +71,7 @@ def training_data(
         return training["data"], evaluation.get("data")
     given = [weight for _, weight in sources.values()]
     weights = None if None in given else given
-    mixture = mix_streams(training, weights, seed) if streams else Mixture(training, weights)
+    mixture = StreamMixture(training, weights, seed) if streams else Mixture(training, weights)
     return mixture, evaluation or None
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, IterableDataset, List, interleave_datasets
+from datasets import ClassLabel, Dataset, IterableDataset, List
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers.utils import logging
 
 from ..image_processing import open_image, to_mode
@@ -284,17 +285,36 @@ def stream_rows(
     )
 
 
-def mix_streams(
-    parts: dict[str, IterableDataset], weights: Sequence[float] | None = None, seed: int = 0
-) -> IterableDataset:
-    """Rows of several streams, drawn with the weights given (equal by default), until every stream has ended."""
-    shares = check_weights(weights, list(parts)) or [1.0] * len(parts)
-    return interleave_datasets(
-        list(parts.values()),
-        probabilities=[share / sum(shares) for share in shares],
-        seed=seed,
-        stopping_strategy="all_exhausted",
-    )
+class StreamMixture(TorchIterableDataset):
+    """Rows of several streams, drawn by weight, until every stream has ended; those that end sooner begin again.
+
+    Args:
+        parts: the streams, by name.
+        weights: the share of each, in any unit; equal by default.
+        seed: of the draws.
+    """
+
+    def __init__(self, parts: dict[str, IterableDataset], weights: Sequence[float] | None = None, seed: int = 0):
+        self.parts, self.seed = parts, seed
+        self.weights = check_weights(weights, list(parts)) or [1.0] * len(parts)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        draws = random.Random(self.seed)
+        streams = list(self.parts.values())
+        iterators = [iter(stream) for stream in streams]
+        weights, going = list(self.weights), set(range(len(streams)))
+        while going:
+            (drawn,) = draws.choices(range(len(streams)), weights)
+            row = next(iterators[drawn], None)
+            if row is None:
+                going.discard(drawn)
+                iterators[drawn] = iter(streams[drawn])
+                if (row := next(iterators[drawn], None)) is None:  # nothing for this data loading process
+                    weights[drawn] = 0
+                    going = going if any(weights) else set()
+                    continue
+            if going:
+                yield row
 
 
 def check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float] | None:

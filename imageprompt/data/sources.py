@@ -103,6 +103,11 @@ def load(source: Source, split: str) -> Dataset | IterableDataset:
     for column in filter(None, wanted):
         if column not in columns:
             raise ValueError(f"{source.dataset} has no column {column!r}; it has {', '.join(columns)}.")
+    return undecoded(dataset)
+
+
+def undecoded(dataset: Dataset | IterableDataset) -> Any:
+    """The data set with its images as files or bytes, to be opened one by one."""
     for column, feature in dataset.features.items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(column, Image(decode=False))

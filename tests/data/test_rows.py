@@ -1,0 +1,240 @@
+"""Rows: what is drawn, what is left out and named, and what a mixture holds."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import picture
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from torch.utils.data import DataLoader
+
+from imageprompt.data.rows import BrokenRow, Mixture, Rows, StreamMixture, read_rows, separate, stream_rows
+from imageprompt.data.sources import Source, undecoded
+
+CAPTIONS = [["a dog", "one dog"], ["a cat", "one cat"]]
+
+
+def rows_of(columns, *, features=None, rows=Rows, **settings):
+    options = {name: settings.pop(name) for name in ("draw", "max_broken", "augment") if name in settings}
+    dataset = undecoded(Dataset.from_dict(columns, features=features))
+    return rows(dataset, Source("the data", **settings), **options)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Paths of six images, of which the third is broken and the fourth cut short."""
+    for number in range(6):
+        picture(number).resize((64, 64)).save(tmp_path / f"{number}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:200])
+    return [str(tmp_path / f"{number}.png") for number in range(6)]
+
+
+def test_one_caption_of_several_is_drawn_at_every_reading(photos):
+    rows = rows_of({"image": photos[:2], "captions": CAPTIONS}, suffix_column="captions")
+    assert {rows[0]["suffix"] for _ in range(30)} == {"a dog", "one dog"}
+    assert rows[0]["text"] == ""
+    assert rows.texts(1) == ("", ["a cat", "one cat"])
+    first = rows_of({"image": photos[:2], "captions": CAPTIONS}, suffix_column="captions", draw=False)
+    assert {first[1]["suffix"] for _ in range(10)} == {"a cat"}
+
+
+def test_prompts_come_from_a_column_or_are_one_for_all_or_a_template():
+    columns = {"q": ["A?", "B?"], "a": ["yes", "no"]}
+    settings = {"image_column": "none", "suffix_column": "a"}
+    assert rows_of(columns, text_column="q", **settings)[1] == {"text": "B?", "suffix": " no"}
+    assert rows_of(columns, prompt="This is", **settings)[0] == {"text": "This is", "suffix": " yes"}
+    template = rows_of(columns, text_column="q", prompt="Question: {text} {Answer}:", **settings)
+    assert template[0] == {"text": "Question: A? {Answer}:", "suffix": " yes"}
+    with pytest.raises(BrokenRow, match=r"Row 0 of the data: `--prompt` beside `--text_column` holds \{text\}"):
+        rows_of(columns, text_column="q", prompt="This is", **settings)[0]
+
+
+def test_lists_of_prompts_and_suffixes_are_one_row_for_each_pair(photos):
+    columns = {"image": photos[:2], "q": [["A?", "B?"], ["C?"]], "a": [["yes", "no"], ["both"]]}
+    settings = {"text_column": "q", "suffix_column": "a"}
+    rows = rows_of(columns, **settings)
+    assert [rows.texts(index) for index in range(len(rows))] == [
+        ("A?", [" yes"]),
+        ("B?", [" no"]),
+        ("C?", [" both"]),
+    ]
+    assert rows[1]["image"].tobytes() == rows[0]["image"].tobytes() != rows[2]["image"].tobytes()
+    assert rows.name(1) == f"Row 0 of the data ({photos[0]}), prompt 1"
+    with pytest.raises(ValueError, match=r"Row 1 of the data .* has 1 of 'q' but \['both', 'none'\]"):
+        rows_of(columns | {"a": [["yes", "no"], ["both", "none"]]}, **settings)
+
+
+def test_several_answers_for_each_of_several_prompts():
+    columns = {"q": [["A?", "B?"]], "a": [[["yes", "yes"], ["no", "maybe"]]]}
+    rows = rows_of(columns, text_column="q", suffix_column="a", image_column="none")
+    assert rows.texts(1) == ("B?", [" no", " maybe"])
+
+
+def test_classes_are_words():
+    features = Features({"label": ClassLabel(names=["cat", "dog"])})
+    rows = rows_of({"label": [1, 0]}, features=features, image_column="none", suffix_column="label")
+    assert [rows[index]["suffix"] for index in range(2)] == ["dog", "cat"]
+    numbers = {"image_column": "none", "suffix_column": "label"}
+    assert rows_of({"label": [1, 0]}, **numbers)[0]["suffix"] == "1"
+    assert rows_of({"label": [1, 0]}, class_names=["a", "b"], **numbers)[0]["suffix"] == "b"
+    with pytest.raises(BrokenRow, match="class 2 in 'label', but there are 2 names"):
+        rows_of({"label": [2]}, class_names=["a", "b"], **numbers)[0]
+
+
+def test_several_images_in_a_row(photos):
+    columns = {"image": [photos[:2], photos[4:]], "suffix": ["two", "others"]}
+    row = rows_of(columns)[1]
+    assert [image.tobytes() for image in row["images"]] == [picture(n).resize((64, 64)).tobytes() for n in (4, 5)]
+    features = Features({"image": List(Image()), "suffix": Value("string")})
+    embedded = rows_of({"image": [[picture(0), picture(1)]], "suffix": ["two"]}, features=features)
+    assert embedded[0]["images"][1].tobytes() == picture(1).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "expected"),
+    [("", "dog", "dog"), ("A photo of", "dog", " dog"), ("A photo of ", "dog", "dog"), ("A photo of", " dog", " dog")],
+)
+def test_words_do_not_run_together(text, suffix, expected):
+    assert separate(text, suffix) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_rows_are_named_left_out_and_counted_once(photos, workers, caplog):
+    columns = {"image": [*photos, None, photos[0]], "suffix": ["ok"] * 7 + [None]}
+    rows = rows_of(columns, max_broken=4)
+    loader = DataLoader(rows, batch_size=2, num_workers=workers, collate_fn=list)
+    for _ in range(3):
+        batches = list(loader)
+        # Of rows 2 and 3 nothing is left, so the next readable row, 4, stands in for them; likewise 0 for 6 and 7.
+        assert [len(batch) for batch in batches] == [2, 1, 2, 1]
+        assert batches[1][0]["image"].tobytes() == batches[2][0]["image"].tobytes()
+    assert len(rows.broken) == 4
+    assert rows.broken[0] == f"Row 2 of the data ({photos[2]})"
+    if workers == 0:
+        assert sum("Left out" in record.message for record in caplog.records) == 4
+        assert "Row 3 of the data" in caplog.text and "no text in 'suffix', but None" in caplog.text
+
+
+def test_too_many_broken_rows_stop_with_the_last_of_them(photos):
+    rows = rows_of({"image": photos, "suffix": ["ok"] * 6}, max_broken=1)
+    with pytest.raises(
+        ValueError, match=r"2 broken rows of 6; the last: Row 3 of the data .*`--max_broken_rows` \(now 1"
+    ):
+        list(DataLoader(rows, batch_size=2, collate_fn=list))
+    nothing = rows_of({"image": photos[2:4], "suffix": ["ok"] * 2})
+    with pytest.raises(ValueError, match="2 broken rows of 2"):
+        nothing.__getitems__([0, 1])
+
+
+def test_augmentation_is_applied_to_upright_rgb(photos):
+    seen = []
+    rows = rows_of({"image": photos[:1], "suffix": ["x"]}, augment=lambda image: seen.append(image.mode) or "changed")
+    assert rows[0]["image"] == "changed" and seen == ["RGB"]
+
+
+def test_lengths_and_names_read_no_image(photos):
+    rows = rows_of(
+        {"image": photos[2:4], "q": ["Why?", ""], "a": [["no", "because"], ["x"]]}, text_column="q", suffix_column="a"
+    )
+    assert rows.lengths() == [len("Why? because"), 0]
+
+
+def test_the_fingerprint_is_that_of_the_content(photos, tmp_path):
+    def fingerprint(files, captions=CAPTIONS, **settings):
+        return rows_of({"image": files, "captions": captions}, suffix_column="captions", **settings).fingerprint
+
+    first = fingerprint(photos[:2])
+    copy = tmp_path / "copy.png"
+    shutil.copy(photos[0], copy)
+    assert fingerprint([str(copy), photos[1]]) == first
+    others = {fingerprint(photos[1::-1]), fingerprint(photos[:2], CAPTIONS[::-1]), fingerprint(photos[:2], prompt="A")}
+    assert len(others - {first}) == 3
+    assert fingerprint(photos[2:4])
+
+
+def numbered(name, size):
+    return rows_of({"suffix": [f"{name}{number}" for number in range(size)]}, image_column="none")
+
+
+def test_a_mixture_without_weights_holds_every_row_once():
+    mixture = Mixture({"a": numbered("a", 3), "b": numbered("b", 5)})
+    assert sorted(mixture[index]["suffix"] for index in range(len(mixture))) == [f"a{n}" for n in range(3)] + [
+        f"b{n}" for n in range(5)
+    ]
+    assert len(mixture.lengths()) == len(mixture) == 8
+
+
+def test_weights_share_out_the_rows():
+    mixture = Mixture({"a": numbered("a", 30), "b": numbered("b", 10)}, weights=[1, 3])
+    assert mixture.counts == [10, 30]
+    drawn = [[mixture[index]["suffix"] for index in range(len(mixture))] for _ in range(30)]
+    for rows in drawn:
+        assert len({row for row in rows if row[0] == "a"}) == 10  # none comes twice in a pass
+        assert sorted(row for row in rows if row[0] == "b") == sorted([f"b{n}" for n in range(10)] * 3)
+    assert {row for rows in drawn for row in rows if row[0] == "a"} == {f"a{n}" for n in range(30)}
+    with pytest.raises(IndexError):
+        mixture[40]
+
+
+def test_a_mixture_leaves_out_broken_rows_and_names_them(photos):
+    mixture = Mixture(
+        {"good": numbered("a", 2), "bad": rows_of({"image": photos[2:4], "suffix": ["x"] * 2}, max_broken=5)}
+    )
+    assert [row["suffix"] for row in mixture.__getitems__([0, 2])] == ["a0"]
+    assert mixture.broken == [f"Row 0 of the data ({photos[2]})"]
+
+
+@pytest.mark.parametrize(("weights", "message"), [([1], "1 weights for 2"), ([1, 0], "weight of b .* got 0")])
+def test_wrong_weights_are_named(weights, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture({"a": numbered("a", 1), "b": numbered("b", 1)}, weights)
+    with pytest.raises(ValueError, match="at least one source"):
+        Mixture({})
+
+
+@pytest.fixture
+def table(photos, tmp_path):
+    columns = {"image": photos, "q": [["A?", "B?"]] * 6, "a": [["yes", "no"]] * 6}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
+    return Source(str(tmp_path / "rows.parquet"), text_column="q", suffix_column="a", streaming=True)
+
+
+def test_a_stream_has_the_rows_of_the_table(table, caplog):
+    streamed = list(stream_rows(table, "train"))
+    table.streaming = False
+    rows = read_rows(table, "train")
+    expected = [rows[index] for index in range(len(rows)) if index not in range(4, 8)]
+    assert [(row["text"], row["suffix"]) for row in streamed] == [(row["text"], row["suffix"]) for row in expected]
+    assert [row["image"].tobytes() for row in streamed] == [row["image"].tobytes() for row in expected]
+    assert "Left out: Row 2 of" in caplog.text
+    with pytest.raises(ValueError, match="leave out `--streaming`"):
+        table.streaming = True
+        read_rows(table, "train")
+
+
+def test_a_stream_stops_at_too_many_broken_rows(table):
+    with pytest.raises(ValueError, match="2 broken rows; the last: Row 3 of"):
+        list(stream_rows(table, "train", max_broken=1))
+
+
+def test_streams_are_mixed_by_weight_and_shared_by_processes(tmp_path):
+    streams = {}
+    for name, size in (("a", 40), ("b", 40)):
+        for shard in range(2):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Dataset.from_dict({"suffix": [f"{name}{shard}-{n}" for n in range(size)]}).to_parquet(
+                tmp_path / name / f"train-{shard}-of-2.parquet"
+            )
+        streams[name] = stream_rows(Source(str(tmp_path / name), image_column="none", streaming=True), "train")
+    rows = [row["suffix"] for row in StreamMixture(streams, [1, 4])]
+    assert len(set(rows)) == 160  # all of both, some of b again
+    assert [row[0] for row in rows[:100]].count("b") == pytest.approx(80, abs=15)
+    mixture = DataLoader(StreamMixture(streams), batch_size=4, num_workers=3, collate_fn=list)  # one finds no shard
+    assert {row["suffix"] for batch in mixture for row in batch} == set(rows)
+    loader = DataLoader(streams["a"], batch_size=4, num_workers=2, collate_fn=list)
+    assert sorted(row["suffix"] for batch in loader for row in batch) == sorted(r["suffix"] for r in streams["a"])
+
+
+def test_counters_are_shared_memory():
+    assert numbered("a", 3)._broken.is_shared() and numbered("a", 3)._broken.dtype == torch.uint8

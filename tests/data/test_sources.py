@@ -1,0 +1,193 @@
+"""Every kind of data set that people have is read, and what is missing is named."""
+
+import json
+
+import pytest
+from conftest import picture
+from datasets import Dataset, DatasetDict, Image
+
+from imageprompt.data.rows import read_rows
+from imageprompt.data.sources import Source, load
+
+CAPTIONS = ["A dog.", "A cat.", "A red sofa.", "Two birds."]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with four images."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(4):
+        picture(number).save(folder / f"{number}.png")
+    return folder
+
+
+def rows_of(*args, split="train", **settings):
+    return read_rows(Source(*args, **settings), split, draw=False)
+
+
+def assert_reads_the_photos(rows, prompts=("",) * 4):
+    assert [rows.texts(index) for index in range(len(rows))] == [
+        (prompt, [f"{' ' if prompt else ''}{caption}"]) for prompt, caption in zip(prompts, CAPTIONS, strict=True)
+    ]
+    for index in range(4):
+        assert rows[index]["image"].convert("RGB").tobytes() == picture(index).tobytes()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("names_folder", [True, False], ids=["folder", "file"])
+def test_a_table_beside_images(photos, suffix, names_folder):
+    data = Dataset.from_dict({"file": [f"{number}.png" for number in range(4)], "caption": CAPTIONS})
+    table = photos / f"captions{suffix}"
+    if suffix == ".parquet":
+        data.to_parquet(table)
+    elif suffix in (".json", ".jsonl"):
+        data.to_json(table)
+    else:
+        data.to_csv(table, sep="\t" if suffix == ".tsv" else ",", index=False)
+    rows = rows_of(str(photos if names_folder else table), image_column="file", suffix_column="caption")
+    assert_reads_the_photos(rows)
+    assert rows.name(2) == f"Row 2 of {photos if names_folder else table} (2.png)"
+
+
+def test_a_json_list(photos):
+    entries = [{"file": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
+    (photos / "captions.json").write_text(json.dumps(entries))
+    assert_reads_the_photos(rows_of(str(photos), image_column="file", suffix_column="caption"))
+
+
+def test_paths_start_where_the_option_says(photos, tmp_path):
+    table = tmp_path / "captions.csv"
+    Dataset.from_dict({"image": [f"{number}.png" for number in range(4)], "caption": CAPTIONS}).to_csv(table)
+    assert_reads_the_photos(rows_of(str(table), suffix_column="caption", image_folder=str(photos)))
+
+
+def test_a_folder_as_datasets_lays_it_out(photos):
+    lines = [json.dumps({"file_name": f"{n}.png", "caption": caption}) for n, caption in enumerate(CAPTIONS)]
+    (photos / "metadata.jsonl").write_text("\n".join(lines))
+    assert_reads_the_photos(rows_of(str(photos), suffix_column="caption"))
+
+
+def test_a_folder_for_each_class(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        picture(len(name)).save(tmp_path / "train" / name / "a.png")
+    rows = rows_of(str(tmp_path), suffix_column="label", prompt="This is a")
+    assert rows.class_names == ["cat", "dog"]
+    assert [rows.texts(index) for index in range(2)] == [("This is a", [" cat"]), ("This is a", [" dog"])]
+    words = rows_of(str(tmp_path), suffix_column="label", class_names=["feline", "canine"])
+    assert words[1]["suffix"] == "canine"
+    with pytest.raises(ValueError, match="3 words for the 2 classes"):
+        rows_of(str(tmp_path), suffix_column="label", class_names=["a", "b", "c"])
+
+
+def test_what_save_to_disk_wrote(tmp_path):
+    data = Dataset.from_dict({"image": [picture(n) for n in range(4)], "suffix": CAPTIONS}).cast_column(
+        "image", Image()
+    )
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict(test=data).save_to_disk(tmp_path / "several")
+    assert_reads_the_photos(rows_of(str(tmp_path / "one")))
+    assert_reads_the_photos(rows_of(str(tmp_path / "several"), split="test"))
+
+
+def test_a_webdataset(photos, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "shard.tar")) as tar:
+        for number, caption in enumerate(CAPTIONS):
+            tar.write({"__key__": f"{number}", "png": (photos / f"{number}.png").read_bytes(), "txt": caption})
+    assert_reads_the_photos(rows_of(str(tmp_path / "shard.tar"), image_column="png", suffix_column="txt"))
+
+
+def test_plain_text(tmp_path):
+    (tmp_path / "book.txt").write_text("First line.\nSecond line.\n")
+    rows = rows_of(str(tmp_path / "book.txt"), image_column="none", suffix_column="text", prompt="<|endoftext|>")
+    assert rows[1] == {"text": "<|endoftext|>", "suffix": " Second line."}
+
+
+def test_coco_captions(photos):
+    images = [{"id": 10 + n, "file_name": f"{n}.png"} for n in range(4)]
+    annotations = [{"image_id": 10 + n, "caption": text} for n in (1, 0, 2, 3) for text in (CAPTIONS[n], "Again.")]
+    (photos / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    rows = rows_of(str(photos / "captions.json"), suffix_column="captions")
+    assert rows.texts(0) == ("", ["A cat.", "Again."])
+    assert rows[0]["image"].tobytes() == picture(1).tobytes()
+
+
+def test_karpathys_splits(photos):
+    images = [
+        {"filename": f"{n}.png", "filepath": "", "split": split, "sentences": [{"raw": text}]}
+        for n, (split, text) in enumerate(zip(("train", "restval", "val", "test"), CAPTIONS, strict=True))
+    ]
+    (photos / "dataset.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    settings = {"dataset": str(photos / "dataset.json"), "suffix_column": "captions"}
+    assert [rows_of(split="train+restval", **settings).texts(n)[1][0] for n in range(2)] == CAPTIONS[:2]
+    assert rows_of(split="validation", **settings)[0]["image"].tobytes() == picture(2).tobytes()
+
+
+def test_vqa(photos, tmp_path):
+    (photos / "0.png").rename(photos / "COCO_val2014_000000000042.png")
+    questions = [{"question_id": 420, "image_id": 42, "question": "What is it?"}]
+    answers = [{"answer": answer, "answer_id": n} for n, answer in enumerate(["dog"] * 7 + ["puppy"] * 3)]
+    annotation = {"question_id": 420, "image_id": 42, "multiple_choice_answer": "dog", "answers": answers}
+    (tmp_path / "questions.json").write_text(json.dumps({"questions": questions}))
+    (tmp_path / "annotations.json").write_text(json.dumps({"annotations": [annotation]}))
+    settings = {
+        "dataset": str(tmp_path / "questions.json"),
+        "text_column": "question",
+        "prompt": "Question: {text} Answer:",
+        "image_folder": str(photos),
+    }
+    rows = rows_of(suffix_column="answers", annotations=str(tmp_path / "annotations.json"), **settings)
+    assert rows.texts(0) == ("Question: What is it? Answer:", [" dog"] * 7 + [" puppy"] * 3)
+    assert rows[0]["image"].tobytes() == picture(0).tobytes()
+    with pytest.raises(ValueError, match="no column 'answers'; it has question_id, image_id, question, image"):
+        rows_of(suffix_column="answers", **settings)
+
+
+def test_parts_and_sums_of_splits(photos):
+    data = Dataset.from_dict({"image": [f"{number}.png" for number in range(4)], "caption": CAPTIONS})
+    data.to_csv(photos / "captions.csv")
+    source = {"dataset": str(photos), "suffix_column": "caption"}
+
+    def captions(split, **settings):
+        rows = rows_of(split=split, **source, **settings)
+        return [rows.texts(index)[1][0] for index in range(len(rows))]
+
+    assert captions("train[:50%]") == CAPTIONS[:2]
+    assert captions("train[50%:]+train[:1]") == [*CAPTIONS[2:], CAPTIONS[0]]
+    first, second = captions("train[:2]", shuffle_rows=3), captions("train[2:]", shuffle_rows=3)
+    assert sorted(first + second) == sorted(CAPTIONS) and first != CAPTIONS[:2]
+    for split in ("test", "train[50%"):
+        with pytest.raises(
+            ValueError, match=r'has no split .*; it has train. A part of one is cut like "train\[:80%\]"'
+        ):
+            captions(split)
+    with pytest.raises(ValueError, match="is empty"):
+        captions("train[:0]")
+
+
+def test_what_is_not_there_is_named(photos, tmp_path):
+    with pytest.raises(ValueError, match="Which data"):
+        rows_of()
+    for missing in (str(tmp_path / "nowhere"), "nowhere.csv"):
+        with pytest.raises(ValueError, match="There is no data set at"):
+            rows_of(missing)
+    (tmp_path / "rows.xlsx").write_text("")
+    with pytest.raises(ValueError, match=r"of no kind that can be read; those are .*\.csv"):
+        rows_of(str(tmp_path / "rows.xlsx"))
+    Dataset.from_dict({"photo": ["0.png"], "caption": ["A dog."]}).to_csv(photos / "captions.csv", index=False)
+    with pytest.raises(ValueError, match="has no column 'suffix'; it has photo, caption"):
+        rows_of(str(photos))
+    with pytest.raises(ValueError, match="has no column 'image'; it has photo, caption"):
+        rows_of(str(photos), suffix_column="caption")
+
+
+def test_streams_have_the_same_columns_and_no_parts(photos):
+    Dataset.from_dict({"image": ["0.png"], "caption": ["A dog."]}).to_csv(photos / "captions.csv", index=False)
+    source = Source(str(photos), suffix_column="caption", streaming=True)
+    assert next(iter(load(source, "train")))["caption"] == "A dog."
+    with pytest.raises(ValueError, match="leave out `--streaming`"):
+        load(source, "train[:50%]")
+    with pytest.raises(ValueError, match="has no column 'text'; it has image, caption"):
+        load(Source(str(photos), suffix_column="text", streaming=True), "train")
