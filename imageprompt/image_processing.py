@@ -40,6 +40,8 @@ _CHANNELS = (1, 2, 3, 4)  # grey, grey with alpha, RGB, RGBA
 class ImagePromptImageKwargs(TypedDict, total=False):
     """All settings of timm's transform; the library's other switches would be ignored, so they are refused.
 
+    share_images (`bool`): process an image object that comes several times once, and add `image_index`, which of
+        `pixel_values` each image is: the model then encodes it once for all the rows that show it.
     crop_pct (`float`): share of the resized image that the crop keeps; timm's `crop_pct`.
     crop_mode (`str`): `"center"` (keep the aspect, cut the rest), `"squash"` (lose the aspect) or `"border"` (pad).
     """
@@ -50,6 +52,7 @@ class ImagePromptImageKwargs(TypedDict, total=False):
     resample: int | None
     crop_pct: float | None
     crop_mode: str | None
+    share_images: bool | None
     return_tensors: str | TensorType | None
 
 
@@ -60,7 +63,7 @@ class ImagePromptImageProcessor(BaseImageProcessor):
         size (`dict[str, int]`): `height` and `width` in pixels that the vision tower takes.
         image_mean, image_std (`list[float]`): normalisation per channel; one channel means greyscale images.
         resample (`int`): PIL's resampling filter.
-        crop_pct (`float`), crop_mode (`str`): see [`ImagePromptImageKwargs`].
+        crop_pct (`float`), crop_mode (`str`), share_images (`bool`): see [`ImagePromptImageKwargs`].
 
     Images may be PIL images of any mode, arrays or tensors of shape (height, width), (height, width, channels) or
     (channels, height, width), file names, URLs or encoded bytes. Values are integers from 0 to 255 (uint16: to 65535)
@@ -72,7 +75,7 @@ class ImagePromptImageProcessor(BaseImageProcessor):
     """
 
     valid_kwargs = ImagePromptImageKwargs
-    model_input_names = ["pixel_values"]
+    model_input_names = ["pixel_values", "image_index"]
 
     size = {"height": 224, "width": 224}
     image_mean = [0.485, 0.456, 0.406]
@@ -80,6 +83,7 @@ class ImagePromptImageProcessor(BaseImageProcessor):
     resample = PILImageResampling.BICUBIC
     crop_pct = 0.875
     crop_mode = "center"
+    share_images = False
 
     def __init__(self, **kwargs):
         foreign = kwargs.keys() & (ImagesKwargs.__annotations__.keys() - ImagePromptImageKwargs.__annotations__.keys())
@@ -148,15 +152,20 @@ class ImagePromptImageProcessor(BaseImageProcessor):
         flat = _flatten(images)
         if not flat:
             raise ValueError("There is no image in `images`.")
+        image_index = _places(flat) if kwargs["share_images"] else range(len(flat))
+        firsts = [image_index.index(place) for place in range(max(image_index) + 1)]
         # timm's transform would end with the same steps in the same order, but with a new tensor for each of them.
-        shape = (len(flat), len(mean), kwargs["size"].height, kwargs["size"].width)
+        shape = (len(firsts), len(mean), kwargs["size"].height, kwargs["size"].width)
         pixel_values = torch.empty(shape, dtype=torch.float32, device="cpu")
-        for index, image in enumerate(flat):
+        for place, index in enumerate(firsts):
             with _named(index):
-                levels = torch.from_numpy(np.array(_cut(to_mode(image, mode), transform), ndmin=3))
+                levels = torch.from_numpy(np.array(_cut(to_mode(flat[index], mode), transform), ndmin=3))
                 channels = levels if mode == "L" else levels.permute(2, 0, 1)
-                pixel_values[index].copy_(channels).div_(255).sub_(mean).div_(std)
-        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+                pixel_values[place].copy_(channels).div_(255).sub_(mean).div_(std)
+        features = {"pixel_values": pixel_values}
+        if kwargs["share_images"]:
+            features["image_index"] = torch.tensor(image_index)
+        return BatchFeature(features, tensor_type=return_tensors)
 
     def _validate_preprocess_kwargs(
         self, size: SizeDict, image_mean, image_std, resample, crop_pct: float, crop_mode: str, **kwargs
@@ -310,6 +319,12 @@ def _flatten(images: Any) -> list[Any]:
     if getattr(images, "ndim", 0) > 3:
         return [flat for image in images for flat in _flatten(image)]
     return [images]
+
+
+def _places(images: list[Any]) -> list[int]:
+    """For each image, its place among those that are different objects."""
+    places: dict[int, int] = {}
+    return [places.setdefault(id(image), len(places)) for image in images]
 
 
 def _cut(image: Image.Image, transform: Callable[[Image.Image], Image.Image]) -> Image.Image:

@@ -195,15 +195,18 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
 
     @merge_with_config_defaults
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, image_index: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """Encode images for the language model.
 
         Args:
             pixel_values: (images, channels, height, width), as the processor makes them.
+            image_index: (places,), which of them stands at each place for an image; by default each has one place.
 
         Returns:
             `last_hidden_state`: (images, rows * columns, feature_size), the backbone's features;
-            `pooler_output`: (images, num_image_tokens, text width), the image tokens.
+            `pooler_output`: (images, or places, num_image_tokens, text width), the image tokens.
 
         Raises:
             ValueError: if the images do not have the size that the configuration states, or, where it may change,
@@ -215,7 +218,10 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         with torch.set_grad_enabled(keep_graph):
             outputs = self.vision_tower(pixel_values, feature_layer=self.config.feature_layer, return_dict=True)
         features = flatten_features(outputs.last_hidden_state, self.config.feature_layout, num_prefix_tokens)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.connector(features, grid))
+        image_tokens = self.connector(features, grid)
+        if image_index is not None:
+            image_tokens = image_tokens[image_index]
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=image_tokens)
 
     def _check_images(self, pixel_values: Tensor) -> tuple[tuple[int, ...], int | None]:
         """The grid of these images, and how many tokens come before it."""
@@ -283,6 +289,7 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
         **kwargs,
     ) -> ImagePromptModelOutput:
         """Run the language model over text and images.
@@ -298,6 +305,8 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             encoder_hidden_states: for cross-attention, the image tokens of each row, (rows, image tokens, text
                 width), instead of `pixel_values`.
             encoder_attention_mask: (rows, image tokens), which of them a row has.
+            image_index: (places,), which image of `pixel_values` stands at each place in the rows, for images that
+                several rows share; by default each has one place.
 
         Raises:
             ValueError: for contradicting inputs, or more positions than the language model has.
@@ -331,7 +340,7 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         if mm_encoder_outputs:
             image_tokens = mm_encoder_outputs["image"].pooler_output
         elif pixel_values is not None:
-            image_tokens = self.get_image_features(pixel_values, return_dict=True).pooler_output
+            image_tokens = self.get_image_features(pixel_values, image_index, return_dict=True).pooler_output
             if input_ids is not None:
                 torch_compilable_check(
                     (torch.eq(input_ids, self.config.image_token_id).sum(-1) % self.config.image_seq_length == 0).all(),
@@ -488,9 +497,11 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, image_index: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """See [`ImagePromptModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, image_index, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -506,6 +517,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
         **kwargs,
     ) -> ImagePromptCausalLMOutput:
         """Next-token logits, and the loss when `labels` are given.
@@ -531,6 +543,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
             mm_encoder_outputs=mm_encoder_outputs,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
+            image_index=image_index,
             return_dict=True,
             **kwargs,
         )
@@ -616,7 +629,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
     def _images_of_rows(self, inputs: dict) -> dict:
         """The inputs of `generate` with images encoded row by row, which the library repeats for beams as any input."""
         encoded = inputs.pop("mm_encoder_outputs", None) or {}
-        pixel_values = inputs.pop("pixel_values", None)
+        pixel_values, image_index = inputs.pop("pixel_values", None), inputs.pop("image_index", None)
         if pixel_values is None and "image" not in encoded:
             return {}
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
@@ -626,7 +639,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
             raise ValueError("Image features and image tokens do not match: there are images but no prompt.")
         if (cache := inputs.get("past_key_values")) is not None:
             self.model._make_room_for_images(ImageCache.of(cache, self.config.text_config))
-        image = encoded.get("image") or self.get_image_features(pixel_values, return_dict=True)
+        image = encoded.get("image") or self.get_image_features(pixel_values, image_index, return_dict=True)
         placeholders = self.model.get_placeholder_mask(input_ids, inputs_embeds, image.pooler_output).squeeze(-1)
         states, mask = group_by_row(placeholders, image.pooler_output)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}

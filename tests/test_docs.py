@@ -14,8 +14,8 @@ from conftest import picture, tiny
 from transformers import HfArgumentParser, TrainingArguments
 from typer.testing import CliRunner
 
-from imageprompt.evaluation.evaluate import EvaluationArguments
 from imageprompt.data.arguments import DataArguments
+from imageprompt.evaluation.evaluate import EvaluationArguments
 from imageprompt.training.train import ModelArguments, main
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -472,3 +472,38 @@ def test_the_callers_configurations_stay_as_they_are():
     before = text_config._attn_implementation
     ImagePromptConfig.from_backbones("resnet10t", text_config, fusion="cross_attention")
     assert text_config._attn_implementation == before == "sdpa" and not text_config.add_cross_attention
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+def test_an_image_that_rows_share_is_encoded_once_with_the_same_result(tokenizer, fusion, monkeypatch):
+    model, processor = tiny(tokenizer, "NLC", fusion=fusion)
+    first, second = picture(0), picture(1)
+    rows = {"images": [[first], [second, first], [], [first]], "text": ["What?", "Two", "None", "Why so"]}
+    rows |= {"suffix": [" a", " b", " c", " d"], "padding": True, "return_tensors": "pt"}
+    apart, shared = processor(**rows), processor(**rows, share_images=True)
+    assert shared["image_index"].tolist() == [0, 1, 0, 0]
+    assert len(shared["pixel_values"]) == 2 and len(apart["pixel_values"]) == 4
+    assert torch.equal(shared["pixel_values"][shared["image_index"]], apart["pixel_values"])
+    assert torch.equal(shared["input_ids"], apart["input_ids"])
+
+    gradients = []
+    for batch in (apart, shared):
+        model.zero_grad()
+        model.train()(**batch).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert max_difference(*gradients) < 1e-5
+    model.eval()
+    assert max_difference(model(**apart).logits, model(**shared).logits) < 1e-5
+    assert max_difference(model.score(**apart), model.score(**shared)) < 1e-5
+
+    seen = []
+    encode = type(model.model.vision_tower).forward
+    monkeypatch.setattr(
+        type(model.model.vision_tower), "forward", lambda self, x, **kw: seen.append(len(x)) or encode(self, x, **kw)
+    )
+    rows.pop("suffix")
+    apart, shared = processor(**rows), processor(**rows, share_images=True)
+    for decoding in ({}, {"num_beams": 3}):
+        decoding |= {"max_new_tokens": 5, "do_sample": False}
+        assert torch.equal(model.generate(**apart, **decoding), model.generate(**shared, **decoding))
+    assert seen == [4, 2, 4, 2]

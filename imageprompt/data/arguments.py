@@ -20,6 +20,9 @@ class TrainingSource(Source):
 
     train_split: str = field(default="train", metadata={"help": 'Such as train, "train[:80%]" or train+validation.'})
     eval_split: str | None = field(default="validation", metadata={"help": "Used with --eval_strategy."})
+    texts_per_image: int = field(
+        default=1, metadata={"help": "Learn so many of an image's texts at once; it is encoded once for all of them."}
+    )
     augment: bool = field(default=False, metadata={"help": "Crop and mirror training images at random."})
     augment_args: dict | str | None = field(
         default=None,
@@ -60,7 +63,8 @@ def training_data(
     for name, (source, _) in sources.items():
         augment = augmentation(image_size, json_object("--augment_args", source.augment_args))
         read = stream_rows if streams else read_rows
-        rows = read(source, source.train_split, augment=augment if source.augment else None, **broken)
+        augment = augment if source.augment else None
+        rows = read(source, source.train_split, augment=augment, texts_per_image=source.texts_per_image, **broken)
         training[name] = rows.shuffle(seed=seed, buffer_size=args.shuffle_buffer) if streams else rows
     evaluation = {
         name: read_rows(replace(source, streaming=False), source.eval_split, draw=False, **broken)

@@ -20,14 +20,16 @@ class ImagePromptCollator:
 
     A row is a mapping with `suffix`, the text to learn, and, where they apply, `text`, the prompt before it, and
     `image` or `images`, one image or a list of them. Rows with and without images or prompts mix freely; what a row
-    has besides is not used.
+    has besides is not used. `suffix` may also be a list, with `text` one prompt for all or a list of as many: several
+    texts about the same images, which the model then encodes once for all of them.
 
     Args:
         processor: the model's processor.
         max_length: trims the suffix of rows that are longer than so many tokens, images included.
 
     Raises:
-        ValueError: if a row has no `suffix` (the columns found are named), or both `image` and `images`.
+        ValueError: if a row has no `suffix` (the columns found are named), not as many prompts as suffixes, or both
+            `image` and `images`.
     """
 
     processor: ImagePromptProcessor
@@ -46,15 +48,30 @@ class ImagePromptCollator:
             if unused := sorted(row.keys() - COLUMNS):
                 # A misspelt prompt or picture would go missing without a sign.
                 logger.warning_once(f"Not used for training: {', '.join(unused)}. Used: {', '.join(sorted(COLUMNS))}.")
+        samples = [sample for index, row in enumerate(rows) for sample in _samples(index, row)]
+        images, texts, suffixes = (list(column) for column in zip(*samples, strict=True))
         return self.processor(
-            images=[_images(row) for row in rows],
-            text=[row.get("text") or "" for row in rows],
-            suffix=[row["suffix"] for row in rows],
+            images=images,
+            text=texts,
+            suffix=suffixes,
+            share_images=len(samples) > len(rows),
             padding=True,
             truncation=self.max_length is not None,
             max_length=self.max_length,
             return_tensors="pt",
         )
+
+
+def _samples(index: int, row: dict[str, Any]) -> list[tuple[list[Any], str, str]]:
+    """Images, prompt and suffix of everything that a row has to learn."""
+    images, texts, suffixes = _images(row), row.get("text") or "", row["suffix"]
+    if isinstance(suffixes, str):
+        return [(images, texts, suffixes)]
+    if isinstance(texts, str):
+        texts = [texts] * len(suffixes)
+    if len(texts) != len(suffixes) or not suffixes:
+        raise ValueError(f"Row {index} has {len(texts)} of `text` and {len(suffixes)} of `suffix`: one for each.")
+    return [(images, text, suffix) for text, suffix in zip(texts, suffixes, strict=True)]
 
 
 def _images(row: dict[str, Any]) -> list[Any]:

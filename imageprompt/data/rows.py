@@ -34,17 +34,16 @@ class Rows(TorchDataset):
     """The rows of a data set that is not a stream.
 
     `rows[i]` is a dictionary with `text`, `suffix` and, where there are images, `image` or `images`. A row whose
-    prompts and suffixes are both lists becomes one row for each pair.
+    prompts and suffixes are both lists becomes one row for each pair, unless several texts of an image come together.
 
     Args:
         dataset: as [`load`] returns it.
         source: which columns are what.
         augment: applied to every image, PIL to PIL.
         draw: of several suffixes, draw one whenever the row is read, or always take the first, for evaluation.
+        texts_per_image: if more than one, draw so many of a row's texts, or all that it has: `text` and `suffix` are
+            lists then, and the model encodes the image once for all of them.
         max_broken: so many broken rows are left out in training; one more stops it.
-
-    Raises:
-        ValueError: if prompts and suffixes of a row are lists of different lengths.
     """
 
     def __init__(
@@ -54,9 +53,11 @@ class Rows(TorchDataset):
         *,
         augment: Augmentation | None = None,
         draw: bool = True,
+        texts_per_image: int = 1,
         max_broken: int = 100,
     ):
         self.source, self.augment, self.draw, self.max_broken = source, augment, draw, max_broken
+        self.texts_per_image = check_texts_per_image(texts_per_image)
         self.class_names = _class_names(dataset, source)
         self._images = dataset.select_columns([source.image_column]) if source.has_images else None
         self._texts = dataset.select_columns(list(filter(None, {source.text_column, source.suffix_column})))
@@ -66,18 +67,10 @@ class Rows(TorchDataset):
 
     def _list_pairs(self, dataset: Dataset) -> list[tuple[int, int]] | None:
         """(row, number of the pair) of every pair, if prompts are lists."""
-        text_column, suffix_column = self.source.text_column, self.source.suffix_column
-        if text_column is None or not isinstance(dataset.features[text_column], List):
+        if self.texts_per_image > 1 or not _prompts_are_lists(dataset, self.source):
             return None
-        pairs = []
-        for row, (texts, suffixes) in enumerate(zip(self._texts[text_column], self._texts[suffix_column], strict=True)):
-            if not isinstance(suffixes, list) or len(suffixes) != len(texts or []):
-                raise ValueError(
-                    f"{self._row_name(row)} has {len(texts or [])} of {text_column!r} but {suffixes!r:.200} in "
-                    f"{suffix_column!r}: lists of prompts need lists of as many suffixes."
-                )
-            pairs += [(row, number) for number in range(len(texts))]
-        return pairs
+        prompts = self._texts[self.source.text_column]
+        return [(row, number) for row, texts in enumerate(prompts) for number in range(len(texts or [None]))]
 
     def __len__(self) -> int:
         return len(self._texts) if self._pairs is None else len(self._pairs)
@@ -91,6 +84,8 @@ class Rows(TorchDataset):
         Raises:
             BrokenRow: naming it, if its image cannot be read or a text is missing.
         """
+        if self.texts_per_image > 1:
+            return self._several_texts(index) | self._read_images(index)
         text, suffixes = self.texts(index)
         row = {"text": text, "suffix": random.choice(suffixes) if self.draw else suffixes[0]}
         return row | self._read_images(index)
@@ -127,9 +122,13 @@ class Rows(TorchDataset):
             BrokenRow: if one is missing.
         """
         row, number = self._locate(index)
-        values = self._texts[row]
         with _naming(lambda: self.name(index)):
-            return _texts(values, number, self.source, self.class_names)
+            (texts,) = _all_texts(self._texts[row], self.source, self.class_names, number)
+        return texts
+
+    def _several_texts(self, index: int) -> dict[str, list[str]]:
+        with _naming(lambda: self.name(index)):
+            return _draw(_all_texts(self._texts[index], self.source, self.class_names), self.texts_per_image)
 
     def _read_images(self, index: int) -> dict[str, Any]:
         if self._images is None:
@@ -142,11 +141,12 @@ class Rows(TorchDataset):
         """Characters of prompt and longest suffix of every row, for batches of rows of like length."""
         lengths = []
         for index in range(len(self)):
+            row, number = self._locate(index)
             try:
-                text, suffixes = self.texts(index)
-            except BrokenRow:
-                text, suffixes = "", [""]
-            lengths.append(len(text) + max(map(len, suffixes)))
+                texts = _all_texts(self._texts[row], self.source, self.class_names, number)
+            except ValueError:
+                texts = [("", [""])]
+            lengths.append(max(len(text) + len(suffix) for text, suffixes in texts for suffix in suffixes))
         return lengths
 
     def name(self, index: int) -> str:
@@ -239,6 +239,7 @@ def read_rows(
     *,
     augment: Augmentation | None = None,
     draw: bool = True,
+    texts_per_image: int = 1,
     max_broken: int = 100,
 ) -> Rows:
     """The rows of one split of a source; see [`Rows`] for the arguments.
@@ -248,11 +249,17 @@ def read_rows(
     """
     if source.streaming:
         raise ValueError("A stream can only be trained on: leave out `--streaming`.")
-    return Rows(load(source, split), source, augment=augment, draw=draw, max_broken=max_broken)
+    settings = {"augment": augment, "draw": draw, "texts_per_image": texts_per_image, "max_broken": max_broken}
+    return Rows(load(source, split), source, **settings)
 
 
 def stream_rows(
-    source: Source, split: str, *, augment: Augmentation | None = None, max_broken: int = 100
+    source: Source,
+    split: str,
+    *,
+    augment: Augmentation | None = None,
+    texts_per_image: int = 1,
+    max_broken: int = 100,
 ) -> IterableDataset:
     """The rows of a stream, as of [`Rows`]; broken ones are left out as they come.
 
@@ -260,7 +267,7 @@ def stream_rows(
     """
     dataset = load(source, split)
     class_names = _class_names(dataset, source)
-    pairs = source.text_column is not None and isinstance(dataset.features[source.text_column], List)
+    check_texts_per_image(texts_per_image)
     broken = 0
 
     def to_rows(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -270,11 +277,12 @@ def stream_rows(
         rows = []
         try:
             with _naming(lambda: name):
-                numbers = range(len(values[source.text_column])) if pairs else [None]
+                texts = _all_texts(values, source, class_names)
                 images = _images(values[source.image_column], source.image_root, augment) if source.has_images else {}
-                for number in numbers:
-                    text, suffixes = _texts(values, number, source, class_names)
-                    rows.append({"text": text, "suffix": random.choice(suffixes), **images})
+                if texts_per_image > 1:
+                    rows.append(_draw(texts, texts_per_image) | images)
+                else:
+                    rows += [{"text": text, "suffix": random.choice(suffixes), **images} for text, suffixes in texts]
         except BrokenRow as error:
             broken += 1
             stop_if_too_many(broken, max_broken, None, error)
@@ -365,15 +373,53 @@ def _class_names(dataset: Dataset | IterableDataset, source: Source) -> list[str
     return source.class_names or names
 
 
-def _texts(
-    values: dict[str, Any], number: int | None, source: Source, class_names: list[str] | None
-) -> tuple[str, list[str]]:
-    """Prompt and suffixes of a row, with a space between where words would run together."""
-    text, suffixes = source.prompt, values[source.suffix_column]
-    if number is not None:
-        suffixes = suffixes[number]
+def check_texts_per_image(number: int) -> int:
+    """The number itself.
+
+    Raises:
+        ValueError: if it is not positive.
+    """
+    if number < 1:
+        raise ValueError(f"`--texts_per_image` is at least 1, got {number}.")
+    return number
+
+
+def _prompts_are_lists(dataset: Dataset, source: Source) -> bool:
+    return source.text_column is not None and isinstance(dataset.features[source.text_column], List)
+
+
+def _all_texts(
+    values: dict[str, Any], source: Source, class_names: list[str] | None, number: int | None = None
+) -> list[tuple[str, list[str]]]:
+    """Every prompt of a row, or the one of that number, with its suffixes."""
+    prompts = values[source.text_column] if source.text_column is not None else None
+    suffixes = values[source.suffix_column]
+    if not isinstance(prompts, list):
+        return [_texts(prompts, suffixes, source, class_names)]
+    if not isinstance(suffixes, list) or len(suffixes) != len(prompts) or not prompts:
+        raise ValueError(
+            f"{len(prompts)} of {source.text_column!r} but {suffixes!r:.200} in {source.suffix_column!r}: lists of "
+            "prompts need lists of as many suffixes."
+        )
+    numbers = range(len(prompts)) if number is None else [number]
+    return [_texts(prompts[n], suffixes[n], source, class_names) for n in numbers]
+
+
+def _draw(texts: list[tuple[str, list[str]]], number: int) -> dict[str, list[str]]:
+    """So many different texts of an image; of several suffixes for each of several prompts, one for each prompt."""
+    if len(texts) == 1:
+        ((prompt, suffixes),) = texts
+        choices = [(prompt, suffix) for suffix in suffixes]
+    else:
+        choices = [(prompt, random.choice(suffixes)) for prompt, suffixes in texts]
+    drawn = random.sample(choices, min(number, len(choices)))
+    return {"text": [prompt for prompt, _ in drawn], "suffix": [suffix for _, suffix in drawn]}
+
+
+def _texts(own: Any, suffixes: Any, source: Source, class_names: list[str] | None) -> tuple[str, list[str]]:
+    """A prompt and its suffixes, with a space between where words would run together."""
+    text = source.prompt
     if source.text_column is not None:
-        own = values[source.text_column] if number is None else values[source.text_column][number]
         if not isinstance(own, str) or not own:
             raise ValueError(f"no prompt in {source.text_column!r}, but {own!r}.")
         if text and "{text}" not in text:

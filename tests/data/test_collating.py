@@ -45,6 +45,30 @@ def test_pain_06_rows_of_any_mix_are_what_they_are_alone(collator, parts):
     assert next(pixels, None) is None
 
 
+def test_several_texts_of_an_image_are_the_rows_that_they_would_be_alone(collator):
+    photo, other = picture(0), picture(1)
+    together = [
+        {"image": photo, "text": ["What is it?", "Why"], "suffix": [" a dog", "!"]},
+        {"image": other, "suffix": "it"},
+        {"image": other, "text": "Two", "suffix": [" cats"]},
+    ]
+    alone = [
+        {"image": photo, "text": "What is it?", "suffix": " a dog"},
+        {"image": photo, "text": "Why", "suffix": "!"},
+        {"image": other, "suffix": "it"},
+        {"image": other, "text": "Two", "suffix": " cats"},
+    ]
+    batch, expected = collator(together), collator(alone)
+    for key in ("input_ids", "labels", "attention_mask"):
+        assert torch.equal(batch[key], expected[key])
+    assert batch["image_index"].tolist() == [0, 0, 1, 1]
+    assert torch.equal(batch["pixel_values"][batch["image_index"]], expected["pixel_values"])
+    assert "image_index" not in expected
+    for row in ({"text": ["a"], "suffix": ["b", "c"]}, {"text": "a", "suffix": []}):
+        with pytest.raises(ValueError, match="Row 0 has . of `text` and . of `suffix`: one for each"):
+            collator([row])
+
+
 def test_a_batch_trains_the_model(collator, parts):
     loss = parts[0](**collator(ROWS)).loss
     loss.backward()

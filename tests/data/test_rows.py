@@ -15,7 +15,9 @@ CAPTIONS = [["a dog", "one dog"], ["a cat", "one cat"]]
 
 
 def rows_of(columns, *, features=None, rows=Rows, **settings):
-    options = {name: settings.pop(name) for name in ("draw", "max_broken", "augment") if name in settings}
+    options = {
+        name: settings.pop(name) for name in ("draw", "max_broken", "augment", "texts_per_image") if name in settings
+    }
     dataset = undecoded(Dataset.from_dict(columns, features=features))
     return rows(dataset, Source("the data", **settings), **options)
 
@@ -61,8 +63,28 @@ def test_lists_of_prompts_and_suffixes_are_one_row_for_each_pair(photos):
     ]
     assert rows[1]["image"].tobytes() == rows[0]["image"].tobytes() != rows[2]["image"].tobytes()
     assert rows.name(1) == f"Row 0 of the data ({photos[0]}), prompt 1"
-    with pytest.raises(ValueError, match=r"Row 1 of the data .* has 1 of 'q' but \['both', 'none'\]"):
-        rows_of(columns | {"a": [["yes", "no"], ["both", "none"]]}, **settings)
+    with pytest.raises(BrokenRow, match=r"Row 1 of the data .*, prompt 0: 1 of 'q' but \['both', 'none'\]"):
+        rows_of(columns | {"a": [["yes", "no"], ["both", "none"]]}, **settings)[2]
+    with pytest.raises(BrokenRow, match="0 of 'q' but"):
+        rows_of(columns | {"q": [[], ["C?"]]}, **settings)[0]
+
+
+def test_several_texts_of_an_image_come_together(photos):
+    captions = rows_of({"image": photos[:2], "captions": CAPTIONS}, suffix_column="captions", texts_per_image=5)
+    assert [sorted(captions[index]["suffix"]) for index in range(2)] == CAPTIONS and captions[0]["text"] == ["", ""]
+    columns = {"image": photos[:1], "q": [["A?", "B?", "C?"]], "a": [[["yes", "yep"], ["no"], ["maybe"]]]}
+    rows = rows_of(columns, text_column="q", suffix_column="a", texts_per_image=2)
+    drawn = [tuple(zip(row["text"], row["suffix"], strict=True)) for row in (rows[0] for _ in range(50))]
+    assert len(rows) == 1 and all(len(set(texts)) == 2 for texts in drawn)
+    assert {pair for texts in drawn for pair in texts} == {
+        ("A?", " yes"),
+        ("A?", " yep"),
+        ("B?", " no"),
+        ("C?", " maybe"),
+    }
+    assert rows.lengths() == [len("C? maybe")]
+    with pytest.raises(ValueError, match="`--texts_per_image` is at least 1, got 0"):
+        rows_of(columns, text_column="q", suffix_column="a", texts_per_image=0)
 
 
 def test_several_answers_for_each_of_several_prompts():
@@ -208,8 +230,10 @@ def test_a_stream_has_the_rows_of_the_table(table, caplog):
     assert [(row["text"], row["suffix"]) for row in streamed] == [(row["text"], row["suffix"]) for row in expected]
     assert [row["image"].tobytes() for row in streamed] == [row["image"].tobytes() for row in expected]
     assert "Left out: Row 2 of" in caplog.text
+    table.streaming = True
+    together = list(stream_rows(table, "train", texts_per_image=2))
+    assert len(together) == 4 and sorted(together[0]["suffix"]) == [" no", " yes"]
     with pytest.raises(ValueError, match="leave out `--streaming`"):
-        table.streaming = True
         read_rows(table, "train")
 
 
