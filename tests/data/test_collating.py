@@ -65,7 +65,7 @@ def test_several_texts_of_an_image_are_the_rows_that_they_would_be_alone(collato
     assert torch.equal(batch["pixel_values"][batch["image_index"]], expected["pixel_values"])
     assert "image_index" not in expected
     for row in ({"text": ["a"], "suffix": ["b", "c"]}, {"text": "a", "suffix": []}):
-        with pytest.raises(ValueError, match="Row 0 has . of `text` and . of `suffix`: one for each"):
+        with pytest.raises(ValueError, match=r"Row 0 has . of `text` and . of `suffix`: one for each"):
             collator([row])
 
 
