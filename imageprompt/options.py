@@ -1,8 +1,10 @@
-"""Options of the command line that are JSON, with errors that name the option."""
+"""Options of the command line: those that are JSON, with errors that name the option, and recipes."""
 
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers import GPT2Config
@@ -20,6 +22,27 @@ def json_object(option: str, value: str | dict | None) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError(f"{option} is a JSON object, such as '{{\"name\": 1}}', got {value!r}.")
     return parsed
+
+
+def spell_out_recipe(argv: Sequence[str]) -> list[str]:
+    """A command line whose first word may be a recipe, a JSON file of options; options behind it come on top.
+
+    Raises:
+        ValueError: if the file is not there, or holds no JSON object.
+    """
+    if not argv or argv[0].startswith("-"):
+        return list(argv)
+    recipe, *more = argv
+    if not Path(recipe).is_file():
+        raise ValueError(f"{recipe!r} is neither an option nor a recipe, a JSON file of options.")
+    words = []
+    for name, value in json_object(recipe, Path(recipe).read_text()).items():
+        words.append(f"--{name}")
+        if isinstance(value, list) and all(isinstance(word, str) for word in value):
+            words += value
+        else:
+            words.append(value if isinstance(value, str) else json.dumps(value))
+    return [*words, *more]
 
 
 def feature_layer(option: str, value: str | None) -> Any:

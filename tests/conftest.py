@@ -1,12 +1,13 @@
 """What the tests share: a tokenizer trained on the spot, tiny random parts, and pictures made of noise."""
 
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerBase, set_seed
 
@@ -133,3 +134,32 @@ def gpt2_of(model) -> GPT2LMHeadModel:
     gpt2.transformer.load_state_dict(model.model.language_model.state_dict())
     gpt2.tie_weights()
     return gpt2
+
+
+# --- a user's folder: pictures that can be learnt, with tables beside them
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 200), "yellow": (230, 210, 60)}
+SHAPES = {"square": "rectangle", "circle": "ellipse"}
+
+
+def make_photos(folder: Path, count: int = 20) -> Path:
+    """A folder of drawn shapes with captions.csv, questions.json and classes.csv, in no order."""
+    folder.mkdir(parents=True)
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    random = np.random.default_rng(0)
+    captions, questions, classes = ["file,caption"], [], ["file,shape"]
+    for number in range(count):
+        colour, shape = kinds[number % len(kinds)]
+        image = Image.new("RGB", (64, 64), (240, 240, 240))
+        left, top = (int(edge) for edge in random.integers(4, 24, 2))
+        getattr(ImageDraw.Draw(image), SHAPES[shape])((left, top, left + 34, top + 34), fill=COLOURS[colour])
+        file = f"{number:02}.png"
+        image.save(folder / file)
+        captions.append(f"{file},A {colour} {shape}.")
+        classes.append(f"{file},{shape}")
+        questions.append({"file": file, "question": "What colour is it?", "answer": colour})
+        questions.append({"file": file, "question": "What shape is it?", "answer": shape})
+    (folder / "captions.csv").write_text("\n".join(captions) + "\n")
+    (folder / "classes.csv").write_text("\n".join(classes) + "\n")
+    (folder / "questions.json").write_text(json.dumps(questions))
+    return folder
