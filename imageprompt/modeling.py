@@ -470,7 +470,7 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         checkpoints = tower.supports_gradient_checkpointing and self.is_activation_checkpointing
         if checkpoints:  # recomputed later, in training mode, the tower would do something else
             tower.timm_model.set_grad_checkpointing(False)
-        with _evaluating(tower):  # a blank image must not enter the batch-norm statistics
+        with evaluating(tower):  # a blank image must not enter the batch-norm statistics
             image_tokens = self.get_image_features(blank, return_dict=True).pooler_output
         if checkpoints:
             tower.timm_model.set_grad_checkpointing(True)
@@ -589,7 +589,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         Returns:
             (rows,), the sum over each row's labelled tokens in nats, in fp32, without dropout; 0 for a row without any.
         """
-        with _evaluating(self):
+        with evaluating(self):
             hidden_states = self.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
         logits, targets, rows = self._supervised(hidden_states, labels)
         log_likelihood = -F.cross_entropy(logits.float(), targets, reduction="none")
@@ -752,7 +752,7 @@ def _check_positions(config: ImagePromptConfig, length: int, new_tokens: int = 0
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode for a while; afterwards every module is in the mode in which it was."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
