@@ -12,8 +12,7 @@ PEOPLE = 10
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = {"none": "0"} | {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 }
 _ARTICLES = {"a", "an", "the"}
 # Words to which a forgotten apostrophe is given back, as far as the rules list them.
