@@ -1,15 +1,22 @@
 """Caption scores, equal to coco-caption's and without Java.
 
 The scorers are pycocoevalcap's (the code behind the published COCO figures). Only its tokenizer, a Java program, is
-replaced: by nltk's Penn Treebank tokenizer, with the same punctuation removed afterwards.
+replaced: by nltk's Penn Treebank tokenizer, with the same punctuation removed afterwards. METEOR and SPICE are Java
+programs themselves, and are apart.
 """
 
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 from nltk.tokenize import TreebankWordTokenizer
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.spice.spice import Spice
 
 # What coco-caption's ptbtokenizer.py drops, and nltk's spelling of quotes and brackets.
 _PUNCTUATION = {"''", "'", "``", "`", '"', "(", ")", "[", "]", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
@@ -47,6 +54,60 @@ def caption_scores(candidates: Mapping[object, str], references: Mapping[object,
     Raises:
         ValueError: if the ids differ, or an image has no reference.
     """
+    tokenized_references, tokenized_candidates = _tokenized(candidates, references)
+    bleu, _ = Bleu(4).compute_score(tokenized_references, tokenized_candidates, verbose=0)
+    rouge, _ = Rouge().compute_score(tokenized_references, tokenized_candidates)
+    cider, _ = Cider().compute_score(tokenized_references, tokenized_candidates)
+    scores = {f"BLEU-{n}": score for n, score in enumerate(bleu, start=1)} | {"ROUGE-L": rouge, "CIDEr": cider}
+    return {name: float(score) for name, score in scores.items()}
+
+
+def java_caption_scores(
+    candidates: Mapping[object, str], references: Mapping[object, Sequence[str]]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """METEOR 1.5 (Denkowski & Lavie, 2014) and SPICE (arXiv 1607.08822), as far as they run here.
+
+    Nothing is downloaded: pycocoevalcap brings METEOR, but not the models of Stanford CoreNLP that SPICE needs.
+
+    Args:
+        candidates, references: as of [`caption_scores`].
+
+    Returns:
+        The scores, as fractions, and for each that is missing the reason.
+
+    Raises:
+        ValueError: as [`caption_scores`] does.
+    """
+    tokenized = _tokenized(candidates, references)
+    scores: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    for name, scorer, missing in (("METEOR", Meteor, None), ("SPICE", Spice, _missing_for_spice())):
+        if shutil.which("java") is None:
+            missing = "There is no `java` command."
+        if missing is not None:
+            left_out[name] = missing
+            continue
+        try:
+            score, _ = scorer().compute_score(*tokenized)
+        except (OSError, subprocess.CalledProcessError, ValueError) as error:
+            left_out[name] = f"Its Java program failed: {error}"
+        else:
+            scores[name] = float(score)
+    return scores, left_out
+
+
+def _missing_for_spice() -> str | None:
+    package = find_spec("pycocoevalcap.spice")
+    models = Path(package.origin).parent / "lib" / "stanford-corenlp-3.6.0-models.jar"
+    if models.exists():
+        return None
+    return "Stanford CoreNLP's models are not there; `python -m pycocoevalcap.spice.get_stanford_models` fetches them."
+
+
+def _tokenized(
+    candidates: Mapping[object, str], references: Mapping[object, Sequence[str]]
+) -> tuple[dict[object, list[str]], dict[object, list[str]]]:
+    """References and candidates as the scorers take them."""
     if set(candidates) != set(references):
         different = sorted(map(str, set(candidates) ^ set(references)))
         raise ValueError(f"Candidates and references are of different images: {len(different)} ids, {different[:3]}…")
@@ -55,11 +116,7 @@ def caption_scores(candidates: Mapping[object, str], references: Mapping[object,
     for image, captions in references.items():
         if isinstance(captions, str) or not captions:
             raise ValueError(f"References are lists of at least one caption; image {image!r} has {captions!r}.")
-    tokenized_references = {image: [tokenize_caption(text) for text in references[image]] for image in references}
-    tokenized_candidates = {image: [tokenize_caption(candidates[image])] for image in references}
-
-    bleu, _ = Bleu(4).compute_score(tokenized_references, tokenized_candidates, verbose=0)
-    rouge, _ = Rouge().compute_score(tokenized_references, tokenized_candidates)
-    cider, _ = Cider().compute_score(tokenized_references, tokenized_candidates)
-    scores = {f"BLEU-{n}": score for n, score in enumerate(bleu, start=1)} | {"ROUGE-L": rouge, "CIDEr": cider}
-    return {name: float(score) for name, score in scores.items()}
+    return (
+        {image: [tokenize_caption(text) for text in references[image]] for image in references},
+        {image: [tokenize_caption(candidates[image])] for image in references},
+    )

@@ -88,7 +88,6 @@ class Task(ABC):
         broken = [texts.broken for texts in self.texts if texts.broken is not None]
         if len(broken) > rows.max_broken or not self.usable:
             stop_if_too_many(len(broken), rows.max_broken, len(rows), broken[-1])
-        self.prepare()
 
     def _read(self, index: int) -> Texts:
         name = self.rows.name(index)
@@ -97,9 +96,6 @@ class Task(ABC):
         except BrokenRow as error:
             return Texts(name, broken=error)
         return Texts(name, prompt, tuple(text.strip() for text in references))
-
-    def prepare(self) -> None:
-        """Gather what the task needs of all rows, and refuse rows that do not fit it."""
 
     def check_lengths(self, processor: ImagePromptProcessor) -> None:
         """Refuse rows that would not fit into the language model's positions.
@@ -189,7 +185,8 @@ class Vqa(ShortAnswer):
 
     name = "vqa"
 
-    def prepare(self):
+    def __init__(self, rows: Rows, settings: Settings):
+        super().__init__(rows, settings)
         counts = {len(texts.references): texts.name for texts in self.usable}
         if PEOPLE in counts and len(counts) > 1:
             other = next(count for count in counts if count != PEOPLE)
@@ -209,7 +206,8 @@ class Vqa(ShortAnswer):
 class Labelled(Task):
     """Rows with one label each."""
 
-    def prepare(self):
+    def __init__(self, rows: Rows, settings: Settings):
+        super().__init__(rows, settings)
         for texts in self.usable:
             if len(texts.references) != 1:
                 raise ValueError(
@@ -236,8 +234,8 @@ class ByLikelihood(Task):
     normalizations = ("none", "tokens", "text")
     candidates: list[str]
 
-    def prepare(self):
-        super().prepare()
+    def __init__(self, rows: Rows, settings: Settings):
+        super().__init__(rows, settings)
         self._without_image: dict[str, torch.Tensor] = {}
 
     def longest_answers(self, processor):
@@ -271,8 +269,8 @@ class Rank(ByLikelihood, Labelled):
 
     name = "rank"
 
-    def prepare(self):
-        super().prepare()
+    def __init__(self, rows: Rows, settings: Settings):
+        super().__init__(rows, settings)
         self.candidates = self.labels
 
     def answer(self, model, processor, images, texts):
@@ -290,8 +288,8 @@ class Retrieval(ByLikelihood):
     name = "retrieval"
     normalizations = ("none", "tokens", "text", "images")
 
-    def prepare(self):
-        super().prepare()
+    def __init__(self, rows: Rows, settings: Settings):
+        super().__init__(rows, settings)
         if not self.rows.source.has_images:
             raise ValueError("The task 'retrieval' needs images: name their column with `--image_column`.")
         # A text that several images have is one text, and right for each of them.

@@ -1,7 +1,7 @@
 """Accuracy of answers to questions: VQA's, where ten people answered, and plain equality elsewhere.
 
 VQA's accuracy (Goyal et al., arXiv 1612.00837; rules at visualqa.org/evaluation.html) counts an answer as right as far
-as three people gave it. Its normalisation is followed to the letter, with what it leaves alone: answers on which all ten
+as three people gave it. Its normalisation is that of the official script, oddities included: answers on which all ten
 people agree are compared as they are.
 """
 
@@ -11,29 +11,28 @@ from collections.abc import Mapping, Sequence
 PEOPLE = 10
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBERS = {"none": "0"} | {
-    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())}
 _ARTICLES = {"a", "an", "the"}
-# Words to which a forgotten apostrophe is given back, as far as the rules list them.
+# Words to which a forgotten apostrophe is given back.
+_CONTRACTED = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
+    "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd "
+    "somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've "
+    "something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't "
+    "we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll "
+    "who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've "
+    "you'll you're you've"
+)
+# The words above, by what they are without one of their apostrophes.
 _CONTRACTIONS = {
-    word[: mark.start()] + word[mark.end() :]: word
-    for word in (
-        "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
-        "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
-        "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd "
-        "somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've "
-        "something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't "
-        "we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll "
-        "who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've "
-        "you'll you're you've"
-    ).split()
-    for mark in re.finditer("'", word)
+    word[: mark.start()] + word[mark.end() :]: word for word in _CONTRACTED.split() for mark in re.finditer("'", word)
 }
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as VQA compares it: lower case, no articles, digits for numbers, apostrophes, hardly any punctuation."""
+    """An answer as VQA compares it: in lower case, without articles and most punctuation, with digits for numbers."""
     # Beside a space, or where a comma stands between digits, punctuation goes; elsewhere a space comes in its place.
     number_with_comma = re.search(r"\d,\d", answer) is not None
     text = answer

@@ -1,11 +1,13 @@
 """Caption scores against published figures."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from imageprompt.evaluation import caption_scores
-from imageprompt.evaluation.captions import tokenize_caption
+from imageprompt.evaluation import caption_scores, captions
+from imageprompt.evaluation.captions import java_caption_scores, tokenize_caption
 
 PUBLISHED = {
     **{f"BLEU-{n}": f"Bleu_{n}" for n in range(1, 5)},
@@ -67,3 +69,66 @@ def test_bad_input_is_named():
         caption_scores({"a": "x"}, {"a": []})
     with pytest.raises(ValueError, match="no candidates"):
         caption_scores({}, {})
+
+
+@pytest.mark.slow  # half a minute: METEOR reads its tables twice
+def test_meteor_equals_the_published_figures(shared_data):
+    if shutil.which("java") is None:
+        pytest.skip("METEOR needs Java")
+    folder = shared_data / "caption_metrics"
+    expected = json.loads((folder / "EXPECTED.json").read_text())
+    references = json.loads((folder / "coco_fakecap_tokenized" / "gts.json").read_text())
+    results = json.loads((folder / "coco_fakecap_tokenized" / "res.json").read_text())
+    lines = {name: (folder / "nlg-eval" / f"{name}.txt").read_text().splitlines() for name in ("hyp", "ref1", "ref2")}
+
+    coco, _ = java_caption_scores({image: texts[0] for image, texts in results.items()}, references)
+    nlg, _ = java_caption_scores(
+        dict(enumerate(lines["hyp"])), dict(enumerate(zip(lines["ref1"], lines["ref2"], strict=True)))
+    )
+
+    assert coco["METEOR"] == pytest.approx(expected["coco_fakecap_tokenized"]["METEOR"], abs=5e-5)
+    assert nlg["METEOR"] == pytest.approx(expected["nlg-eval_readme"]["METEOR"], abs=5e-5)
+
+
+class Scorer:
+    """Stands in for a Java program: it sees what the real one would, and gives a fixed score or fails."""
+
+    def __init__(self, outcome):
+        self.outcome, self.seen = outcome, None
+
+    def __call__(self):
+        return self
+
+    def compute_score(self, references, candidates):
+        self.seen = (references, candidates)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome, []
+
+
+def test_what_java_is_missing_for_is_said(monkeypatch):
+    meteor, spice = Scorer(0.25), Scorer(0.5)
+    monkeypatch.setattr(captions, "Meteor", meteor)
+    monkeypatch.setattr(captions, "Spice", spice)
+    monkeypatch.setattr(captions, "_missing_for_spice", lambda: "no models")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/java")
+    assert java_caption_scores({1: "A dog."}, {1: ["One dog!"]}) == ({"METEOR": 0.25}, {"SPICE": "no models"})
+    assert meteor.seen == ({1: ["one dog"]}, {1: ["a dog"]}) and spice.seen is None
+
+    monkeypatch.setattr(captions, "_missing_for_spice", lambda: None)
+    meteor.outcome = BrokenPipeError("it died")
+    scores, left_out = java_caption_scores({1: "A dog."}, {1: ["One dog!"]})
+    assert scores == {"SPICE": 0.5} and left_out == {"METEOR": "Its Java program failed: it died"}
+
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    scores, left_out = java_caption_scores({1: "A dog."}, {1: ["One dog!"]})
+    assert scores == {} and left_out == dict.fromkeys(("METEOR", "SPICE"), "There is no `java` command.")
+
+
+def test_spice_never_downloads_its_models(monkeypatch, tmp_path):
+    package = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(captions, "find_spec", lambda name: package)
+    assert "get_stanford_models" in captions._missing_for_spice()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "stanford-corenlp-3.6.0-models.jar").touch()
+    assert captions._missing_for_spice() is None
