@@ -1,7 +1,8 @@
-"""Caption a data set split with a saved model, score the captions, and write scores, captions and a picture.
+"""Ask a saved model about every row of a data set split, score its answers, and write scores, answers and pictures.
 
-Beside the model's score stands that of the best constant caption, one text for every image: a model that does not
-look scores no better.
+Run it as `imageprompt evaluate …` or `python scripts/evaluate.py …`. The answers go into a file beside the scores as
+they come; the same command goes on where a stopped one was. Beside a captioner's score may stand that of the best
+constant caption, one text for every image: a model that does not look scores no better.
 """
 
 import hashlib
@@ -9,40 +10,95 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
+from huggingface_hub import snapshot_download
 from pycocoevalcap.cider.cider import Cider
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, set_seed
+from transformers import HfArgumentParser, set_seed
 
-from ..data.reading import read_split, require_columns
-from ..generating import generate_texts
+from ..data.rows import BrokenRow, Rows, read_rows
+from ..data.sources import Source
+from ..modeling import ImagePromptForConditionalGeneration
+from ..processing import ImagePromptProcessor
 from ..provenance import provenance
-from .captions import caption_scores, tokenize_caption
-from .pictures import save_grid
+from .captions import caption_scores, java_caption_scores, tokenize_caption
+from .pictures import save_confusion, save_grid
+from .predictions import Predictions
+from .tasks import Generated, Record, Settings, answer_rows, answered, make_task
+
+# What a checkpoint consists of, as far as answers depend on it.
+_MODEL_FILES = {
+    "weights_sha256": ["*.safetensors"],
+    "config_sha256": ["config.json", "generation_config.json", "adapter_config.json"],
+    "processor_sha256": [
+        "added_tokens.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    ],
+}
 
 
 @dataclass
 class EvaluationArguments:
-    """What to evaluate, and where the results go."""
+    """What to evaluate, how, and where the results go."""
 
     model: str = field(metadata={"help": "Saved model: a local folder or Hub id."})
-    dataset: str = field(metadata={"help": "Local folder or Hub name."})
-    output: Path = field(metadata={"help": "JSON file for scores and settings."})
-    split: str = field(default="test")
-    image_column: str = field(default="image")
-    references_column: str = field(default="captions", metadata={"help": "Captions that people wrote, a list each."})
-    prompt: str = field(default="")
-    batch_size: int = field(default=50)
-    max_new_tokens: int = field(default=30)
-    num_beams: int = field(default=3)
+    output: Path = field(metadata={"help": "JSON file for scores and settings; the answers go beside it."})
+    task: Literal["caption", "vqa", "classify", "rank", "retrieval", "perplexity"] = field(
+        default="caption",
+        metadata={
+            "help": "caption: BLEU, ROUGE-L, CIDEr; vqa: accuracy of answers; classify: the model writes the label; "
+            "rank: the likeliest label; retrieval: texts for images and back; perplexity: of the references."
+        },
+    )
+    split: str = field(default="test", metadata={"help": 'Such as test, or "test[:100]".'})
+    batch_size: int = field(default=32, metadata={"help": "Rows at once; changes the speed only."})
+    max_new_tokens: int = field(default=30, metadata={"help": "The longest generated answer."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of generation; 1 is greedy."})
+    normalize: str = field(
+        default="none",
+        metadata={
+            "help": "For rank and retrieval, what becomes of a log-likelihood: none, tokens (divided by them), text "
+            "(minus that without the image); for retrieval also images (minus the mean over all)."
+        },
+    )
+    java_metrics: bool = field(default=False, metadata={"help": "METEOR and SPICE of captions; they need Java."})
     constants: int = field(
         default=0, metadata={"help": "Score so many candidates for the best constant caption, drawn from train_split."}
     )
-    train_split: str = field(default="train")
+    train_split: str = field(default="train", metadata={"help": "Used with --constants."})
     captions: Path | None = field(default=None, metadata={"help": "Text file for the captions, one per line."})
-    picture: Path | None = field(default=None, metadata={"help": "Picture of the first images with their captions."})
+    picture: Path | None = field(default=None, metadata={"help": "Picture of the first images with their answers."})
     picture_images: int = field(default=12)
+    confusion_picture: Path | None = field(
+        default=None, metadata={"help": "Picture of which classes are confused, of classify and rank."}
+    )
+    max_broken_rows: int = field(default=100, metadata={"help": "Leave out so many rows that cannot be read."})
+    restart: bool = field(default=False, metadata={"help": "Begin anew, without the answers of an earlier run."})
     seed: int = field(default=0)
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"`--batch_size` is at least 1, got {self.batch_size}.")
+        for option, tasks in _OPTIONS_OF_TASKS.items():
+            if getattr(self, option) and self.task not in tasks:
+                raise ValueError(f"`--{option}` is for the task {' and '.join(tasks)}, not for {self.task!r}.")
+
+
+_OPTIONS_OF_TASKS = {
+    "java_metrics": ["caption"],
+    "constants": ["caption"],
+    "captions": ["caption"],
+    "picture": ["caption", "vqa", "classify", "rank"],
+    "confusion_picture": ["classify", "rank"],
+}
 
 
 def best_constant(
@@ -58,53 +114,114 @@ def best_constant(
     return best, caption_scores(dict.fromkeys(references, best), references)
 
 
-def _weights_digest(model_folder: str) -> str | None:
-    files = sorted(Path(model_folder).glob("*.safetensors"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse `argv` (the command line by default), generate, score, and write the results."""
-    parser = HfArgumentParser(EvaluationArguments, description=__doc__, prog="imageprompt evaluate")
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    """Parse `argv` (the command line by default), answer, score, and write the results."""
+    parser = HfArgumentParser((EvaluationArguments, Source), description=__doc__, prog="imageprompt evaluate")
+    args, source = parser.parse_args_into_dataclasses(argv)
     set_seed(args.seed)
-    split = read_split(args.dataset, args.split)
-    require_columns(split, args.image_column, args.references_column)
-    references = dict(enumerate(split[args.references_column]))
-    model = AutoModelForImageTextToText.from_pretrained(args.model, device_map="auto")
-    processor = AutoProcessor.from_pretrained(args.model)
-    processor.check_model(model)
+    rows = read_rows(source, args.split, draw=False, max_broken=args.max_broken_rows)
+    folder = _model_folder(args.model)
+    processor = ImagePromptProcessor.from_pretrained(folder)
+    settings = Settings(args.max_new_tokens, args.num_beams, args.normalize)
+    task = make_task(args.task, rows, processor, settings)
+    pool = _constant_captions(source, args) if args.constants else []
 
-    generation = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
-    images = split[args.image_column]
-    captions = generate_texts(
-        model, processor, images, args.prompt, batch_size=args.batch_size, progress=True, **generation
+    if isinstance(task, Generated):
+        decoding = {"do_sample": False, "max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
+    else:
+        decoding = {"normalize": args.normalize}
+    about = {
+        "task": args.task,
+        "decoding": decoding,
+        "seed": args.seed,
+        "model": _model_digests(folder),
+        "data_sha256": rows.fingerprint,
+        "versions": provenance()["versions"],
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    predictions = Predictions(
+        args.output.with_suffix(".predictions.jsonl"),
+        about,
+        batch_size=args.batch_size,
+        total=len(rows),
+        restart=args.restart,
     )
+    model = ImagePromptForConditionalGeneration.from_pretrained(folder, device_map="auto")
+    processor.check_model(model)
+    for records in answer_rows(
+        task, model, processor, batch_size=args.batch_size, done=predictions.records, progress=True
+    ):
+        predictions.add(records)
+
+    records = answered(predictions.records)
     result = {
-        "scores": caption_scores(dict(enumerate(captions)), references),
-        "images": len(captions),
-        "distinct_captions": len(set(captions)),
-        "references_sha256": hashlib.sha256(json.dumps(references, sort_keys=True).encode()).hexdigest(),
-        "weights_sha256": _weights_digest(args.model),
-        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(args).items()},
+        **about,
+        **task.score(records),
+        "rows": len(records),
+        "broken_rows": [record["broken"] for record in predictions.records if "broken" in record],
+        "settings": {name: _plain(value) for name, value in {**asdict(args), **asdict(source)}.items()},
         "device": model.device.type,
         **provenance(),
     }
-    if args.constants:
-        pool = [text for texts in read_split(args.dataset, args.train_split)[args.references_column] for text in texts]
-        # Every distinct generated caption is one too: it is what the model finds likeliest.
-        step = max(1, len(pool) // args.constants)
-        caption, scores = best_constant([*pool[::step], *sorted(set(captions))[: args.constants]], references)
-        result["best_constant"] = {"caption": caption, "scores": scores}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+    if args.task == "caption":
+        answers = {record["row"]: record["answer"] for record in records}
+        references = {record["row"]: record["references"] for record in records}
+        if args.java_metrics:
+            more, result["left_out"] = java_caption_scores(answers, references)
+            result["scores"] |= more
+        if args.constants:
+            # Every distinct generated caption is one too: it is what the model finds likeliest.
+            caption, scores = best_constant([*pool, *sorted(set(answers.values()))[: args.constants]], references)
+            result["best_constant"] = {"caption": caption, "scores": scores}
+    args.output.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_pictures(args, rows, records, result)
+    print(json.dumps({key: result[key] for key in ("scores", "best_constant", "left_out") if key in result}, indent=2))
+
+
+def _write_pictures(args: EvaluationArguments, rows: Rows, records: list[Record], result: dict[str, Any]) -> None:
     if args.captions:
-        args.captions.write_text("\n".join(captions) + "\n")
+        args.captions.write_text("".join(record["answer"] + "\n" for record in records), encoding="utf-8")
     if args.picture:
-        shown = range(min(args.picture_images, len(captions)))
-        save_grid([images[i] for i in shown], [captions[i] for i in shown], args.picture)
-    shown_keys = [key for key in ("scores", "best_constant", "distinct_captions") if key in result]
-    print(json.dumps({key: result[key] for key in shown_keys}, indent=2))
+        shown = [rows[record["row"]] for record in records[: args.picture_images]]
+        images = [row["images"][0] if "images" in row else row["image"] for row in shown]
+        save_grid(images, [record["answer"] for record in records[: len(images)]], args.picture)
+    if args.confusion_picture:
+        save_confusion(**result["confusion"], path=args.confusion_picture)
+
+
+def _constant_captions(source: Source, args: EvaluationArguments) -> list[str]:
+    """Captions of the training split, from all over it."""
+    rows, captions = read_rows(source, args.train_split, draw=False), []
+    for index in range(len(rows)):
+        try:
+            captions += [text.strip() for text in rows.texts(index)[1]]
+        except BrokenRow:
+            continue
+    return captions[:: max(1, len(captions) // args.constants)]
+
+
+def _model_folder(model: str) -> Path:
+    """Where a model's files are; those of a Hub model are fetched."""
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, allow_patterns=[name for names in _MODEL_FILES.values() for name in names]))
+
+
+def _model_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of each kind, one after the other."""
+    digests = {}
+    for kind, names in _MODEL_FILES.items():
+        digest = hashlib.sha256()
+        for file in sorted({file for name in names for file in folder.glob(name)}):
+            with file.open("rb") as content:
+                while block := content.read(1 << 20):
+                    digest.update(block)
+        digests[kind] = digest.hexdigest()
+    return digests
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":

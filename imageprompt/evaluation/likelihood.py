@@ -56,8 +56,8 @@ class EncodedPrompts:
             (rows,) in nats, in fp32, and (rows,), of how many tokens.
 
         Raises:
-            ValueError: if there is not one text for each row, a text holds an image's mark, or a row becomes longer
-                than the language model's positions.
+            ValueError: if there is not one text for each row, a text holds an image's mark, a row becomes longer than
+                the language model's positions, or the model's logits are not numbers.
         """
         if len(suffixes) != len(self.mask):
             raise ValueError(f"{len(suffixes)} texts for {len(self.mask)} rows: pass one for each.")
@@ -77,7 +77,7 @@ class EncodedPrompts:
                 "attention_mask": torch.cat([self.mask, is_text], dim=1),
                 "labels": torch.cat([torch.full_like(before, IGNORE_INDEX), labels], dim=1),
             }
-            return self.model.score(**{**self.inputs, **whole}), counts
+            return _numbers(self.model.score(**{**self.inputs, **whole})), counts
         logits = self.outputs.logits
         if ids.shape[1] > 1:
             with evaluating(self.model):
@@ -90,4 +90,11 @@ class EncodedPrompts:
                 )
             logits = torch.cat([logits, following.logits], dim=1)
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORE_INDEX)
-        return -losses.sum(-1), counts
+        return _numbers(-losses.sum(-1)), counts
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """The values, unless one is none: it would be ranked first or last by chance."""
+    if values.isnan().any():
+        raise ValueError("The model's logits are not numbers: its weights are broken, or too large for its dtype.")
+    return values

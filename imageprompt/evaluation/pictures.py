@@ -1,4 +1,4 @@
-"""Pictures of what a model says: images in a grid with their texts underneath."""
+"""Pictures of what a model says: images in a grid with their texts underneath, and which classes it confuses."""
 
 import os
 import textwrap
@@ -37,4 +37,34 @@ def save_grid(
         if index < len(images):
             axes.imshow(images[index], cmap="gray")
             axes.text(0.5, -0.04, lines[index], transform=axes.transAxes, ha="center", va="top", fontsize=8)
+    figure.savefig(path)
+
+
+def save_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path: str | os.PathLike) -> None:
+    """Write a picture of a confusion matrix, coloured by the share of each true class.
+
+    Args:
+        labels: of the columns.
+        counts: rows of answers to each true class, in the order of `labels`; there may be fewer rows than columns.
+        path: a `.png`, `.svg` or `.pdf` file.
+
+    Raises:
+        ValueError: if there are no rows, or one has not a count for each label.
+    """
+    if not counts or any(len(row) != len(labels) for row in counts):
+        raise ValueError(f"A confusion matrix needs rows of {len(labels)} counts; got {[len(row) for row in counts]}.")
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    size = 2.5 + 0.35 * len(labels)
+    figure = Figure(figsize=(size, size), dpi=90, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
+    axes.set_yticks(range(len(counts)), labels[: len(counts)])
+    axes.set(xlabel="answer", ylabel="truth")
+    for row, row_counts in enumerate(counts):
+        for column, count in enumerate(row_counts):
+            if count:
+                colour = "white" if shares[row][column] > 0.5 else "black"
+                axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=7, color=colour)
     figure.savefig(path)
