@@ -17,6 +17,7 @@ from pycocoevalcap.cider.cider import Cider
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
 
+from ..configuration import ImagePromptConfig
 from ..data.rows import BrokenRow, Rows, read_rows
 from ..data.sources import Source
 from ..modeling import ImagePromptForConditionalGeneration
@@ -25,12 +26,12 @@ from ..provenance import provenance
 from .captions import caption_scores, java_caption_scores, tokenize_caption
 from .pictures import save_confusion, save_grid
 from .predictions import Predictions
-from .tasks import Generated, Record, Settings, answer_rows, answered, make_task
+from .tasks import Generated, Record, Settings, answer_rows, answered, images_of, make_task
 
 # What a checkpoint consists of, as far as answers depend on it.
 _MODEL_FILES = {
     "weights_sha256": ["*.safetensors"],
-    "config_sha256": ["config.json", "generation_config.json", "adapter_config.json"],
+    "config_sha256": ["config.json", "generation_config.json"],
     "processor_sha256": [
         "added_tokens.json",
         "chat_template.jinja",
@@ -120,8 +121,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, source = parser.parse_args_into_dataclasses(argv)
     set_seed(args.seed)
     rows = read_rows(source, args.split, draw=False, max_broken=args.max_broken_rows)
+    if args.picture and not source.has_images:
+        raise ValueError("`--picture` shows images, and `--image_column none` says that there are none.")
     folder = _model_folder(args.model)
+    config = ImagePromptConfig.from_pretrained(folder)
     processor = ImagePromptProcessor.from_pretrained(folder)
+    processor.check_model(config)
     settings = Settings(args.max_new_tokens, args.num_beams, args.normalize)
     task = make_task(args.task, rows, processor, settings)
     pool = _constant_captions(source, args) if args.constants else []
@@ -138,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data_sha256": rows.fingerprint,
         "versions": provenance()["versions"],
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, (args.output, args.captions, args.picture, args.confusion_picture)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     predictions = Predictions(
         args.output.with_suffix(".predictions.jsonl"),
         about,
@@ -147,7 +153,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         restart=args.restart,
     )
     model = ImagePromptForConditionalGeneration.from_pretrained(folder, device_map="auto")
-    processor.check_model(model)
     for records in answer_rows(
         task, model, processor, batch_size=args.batch_size, done=predictions.records, progress=True
     ):
@@ -180,11 +185,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write_pictures(args: EvaluationArguments, rows: Rows, records: list[Record], result: dict[str, Any]) -> None:
     if args.captions:
-        args.captions.write_text("".join(record["answer"] + "\n" for record in records), encoding="utf-8")
+        lines = [" ".join(record["answer"].split()) for record in records]
+        args.captions.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if args.picture:
-        shown = [rows[record["row"]] for record in records[: args.picture_images]]
-        images = [row["images"][0] if "images" in row else row["image"] for row in shown]
-        save_grid(images, [record["answer"] for record in records[: len(images)]], args.picture)
+        shown = [(images_of(rows[record["row"]]), record["answer"]) for record in records[: args.picture_images]]
+        save_grid(
+            [images[0] for images, _ in shown if images], [text for images, text in shown if images], args.picture
+        )
     if args.confusion_picture:
         save_confusion(**result["confusion"], path=args.confusion_picture)
 

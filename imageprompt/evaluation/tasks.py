@@ -388,7 +388,7 @@ def answer_rows(
                     stop_if_too_many(broken, task.rows.max_broken, total, error)
                     records.append(record | {"broken": str(error)})
                 else:
-                    images.append(row["images"] if "images" in row else [row["image"]] if "image" in row else [])
+                    images.append(images_of(row))
                     records.append(record | {"prompt": texts.prompt, "references": list(texts.references)})
             readable = [record for record in records if "broken" not in record]
             if readable:
@@ -398,6 +398,11 @@ def answer_rows(
                     record |= answer
             yield records
             bar.update(len(records))
+
+
+def images_of(row: dict[str, Any]) -> list[Any]:
+    """The images of a row: several, one or none."""
+    return row["images"] if "images" in row else [row["image"]] if "image" in row else []
 
 
 def answered(records: Iterable[Record]) -> list[Record]:
