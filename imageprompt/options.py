@@ -63,7 +63,7 @@ def new_gpt2(option: str, value: str | dict | None) -> GPT2Config:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{option}: GPT-2 has no setting {name!r}.{hint}")
-    return GPT2Config(**settings)
+    return GPT2Config(**{"bos_token_id": None, "eos_token_id": None} | settings)  # the tokenizer's will be taken
 
 
 def _parsed(option: str, value: str) -> Any:

@@ -13,7 +13,9 @@ from imageprompt.training.train import main as train
 
 DOCS = Path(__file__).parents[1] / "docs"
 RECIPES = ["classification", "few-shot", "vqa"]
-SMALL = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 400}
+SMALL_TEXT = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 400}
+# Small, with the feature grid of the page's backbone: 14x14 or 7x7 at 224 pixels.
+SMALL_VISION = {"timm/vit_small_patch16_224.augreg_in21k_ft_in1k": "test_vit4", "timm/resnet50.a1_in1k": "resnet10t"}
 
 
 def instead_of_pretrained(arguments: list[str]) -> list[str]:
@@ -21,10 +23,10 @@ def instead_of_pretrained(arguments: list[str]) -> list[str]:
     changed = []
     for option, value in zip(arguments[::2], arguments[1::2], strict=True):
         if option == "--text":
-            changed += ["--text_config", json.dumps(SMALL), "--tokenizer", "tokenizer", "--pretrained", "false"]
+            changed += ["--text_config", json.dumps(SMALL_TEXT), "--tokenizer", "tokenizer", "--pretrained", "false"]
         else:
-            changed += [option, "resnet10t" if option == "--vision" else value]
-    return [*changed, "--image_size", "64", "--use_cpu", "--max_steps", "2"]
+            changed += [option, SMALL_VISION.get(value, value)]
+    return [*changed, "--image_size", "224", "--use_cpu", "--max_steps", "2"]
 
 
 @pytest.mark.parametrize("page", RECIPES)
