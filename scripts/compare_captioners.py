@@ -1,15 +1,20 @@
 """imageprompt beside what people pick instead, captioning Flickr8k from random weights on the same budget.
 
-`python scripts/compare_captioners.py ../shared/data/flickr8k --output docs/results/flickr8k/comparison.json` trains
+    python scripts/compare_captioners.py ../shared/data --output docs/results/flickr8k/peers.json
+    python scripts/compare_captioners.py ../shared/data --captioners linear,mlp,mlp+cross_attention,… --seeds 1 \
+        --split validation --output docs/results/flickr8k/connectors.json
 
-- ours: the recipe in docs/results/flickr8k/train.json,
+The first trains
+
+- ours: imageprompt as in `OURS` below,
 - ved: transformers' `VisionEncoderDecoderModel` with a ViT and a GPT-2 with cross-attention,
 - llava: transformers' `LlavaForConditionalGeneration`, a CLIP-style ViT, all of its tokens through a 2-layer MLP,
 
-each with as many parameters, on the same images, captions, augmentation, tokenizer and batches, for the same CPU time
-on one thread, which on a free core is wall-clock time and which other work on the machine does not change. The learning
-rate follows the time: it rises, and falls to zero when the budget is spent. Whatever is chosen is chosen on the
-validation split; the test split is scored once. A result that is in the output file is not computed again.
+each with as many parameters, on the same images, captions, augmentation and tokenizer (a BPE made of the training
+captions), for the same CPU time on one thread. That is wall-clock time on a free core, and other work on the machine
+does not change it. The learning rate follows the time: it rises, and falls to zero when the budget is spent. Whatever
+is chosen is chosen on the validation split; the test split is scored once. The second compares ours with itself, with
+other connectors, in the text or beside it. A result that is in the output file is not computed again.
 """
 
 import json
@@ -28,6 +33,7 @@ from transformers import (
     GPT2Config,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedTokenizerBase,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -40,6 +46,7 @@ from imageprompt.data.rows import Rows, read_rows
 from imageprompt.data.sources import Source
 from imageprompt.evaluation import caption_scores
 from imageprompt.provenance import provenance
+from imageprompt.training.quickstart import train_tokenizer
 
 IMAGE_SIZE = 128
 TEXT = {"n_layer": 3, "n_embd": 256, "n_head": 4, "n_positions": 160}
@@ -50,7 +57,9 @@ VIT = {
     "intermediate_size": 1536,
     "patch_size": 16,
 }
-OURS = {"vision": "resnet18", "connector": "mlp", "num_image_tokens": 16, "texts_per_image": 5}
+OURS = {"vision": "resnet18", "connector": "mlp", "num_image_tokens": 16}
+TEXTS_PER_IMAGE = 5  # of ours: the peers have no way to share an image
+VOCABULARY = 4096
 # Of 3e-4, 1e-3 and 2e-3, the best of each on the validation split (docs/results/flickr8k/pilot.json).
 LEARNING_RATES = {"ours": 1e-3, "ved": 3e-4, "llava": 3e-4}
 BATCH_SIZE, WARMUP, WEIGHT_DECAY, CLIP = 64, 0.05, 0.05, 1.0
@@ -93,18 +102,20 @@ class EncoderDecoder(Captioner):
         return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
-def build(name: str, tokenizer_folder: str) -> Captioner:
-    """One of the captioners, from random weights. All share ours' tokenizer and preprocessing."""
+def build(name: str, tokenizer: PreTrainedTokenizerBase) -> Captioner:
+    """One of the captioners, from random weights. All share tokenizer and preprocessing."""
+    settings = dict(OURS)
+    if name not in ("ours", "ved", "llava"):
+        connector, *fusion = name.split("+")
+        settings = {"vision": OURS["vision"], "connector": connector, "fusion": fusion[0] if fusion else "prefix"}
     model, processor = compose(
-        OURS["vision"],
-        GPT2Config(**TEXT),
-        tokenizer=tokenizer_folder,
+        **settings,
+        text=GPT2Config(**TEXT, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None),
+        tokenizer=tokenizer,
         pretrained=False,
         preprocessing={"input_size": (3, IMAGE_SIZE, IMAGE_SIZE), "crop_pct": 1.0},
-        connector=OURS["connector"],
-        num_image_tokens=OURS["num_image_tokens"],
     )
-    if name == "ours":
+    if name not in ("ved", "llava"):
         return Captioner(model, processor)
     special = {f"{kind}_token_id": processor.tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
     text = GPT2Config(**TEXT, vocab_size=model.config.vocab_size, **special)
@@ -113,22 +124,20 @@ def build(name: str, tokenizer_folder: str) -> Captioner:
         config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
         config.decoder_start_token_id, config.pad_token_id = special["bos_token_id"], special["pad_token_id"]
         return EncoderDecoder(VisionEncoderDecoderModel(config), processor)
-    if name == "llava":
-        patches = (IMAGE_SIZE // VIT["patch_size"]) ** 2
-        text.tie_word_embeddings = False
-        config = LlavaConfig(
-            vision_config=CLIPVisionConfig(image_size=IMAGE_SIZE, **VIT),
-            text_config=text,
-            image_token_index=processor.image_token_id,
-            image_seq_length=patches,
-            vision_feature_layer=-1,  # the layer before the last, its default, is for pretrained CLIP
-        )
-        peer = LlavaForConditionalGeneration(config)
-        # The library would tie them by Llama's names, which GPT-2 does not have; untied, they would count twice.
-        peer.lm_head.weight = peer.model.language_model.wte.weight
-        peer.generation_config.update(**special, suppress_tokens=[processor.image_token_id])
-        return Captioner(peer, ImagePromptProcessor(processor.image_processor, processor.tokenizer, patches))
-    raise ValueError(f"There is no captioner {name!r}; there are {', '.join(LEARNING_RATES)}.")
+    patches = (IMAGE_SIZE // VIT["patch_size"]) ** 2
+    text.tie_word_embeddings = False
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=IMAGE_SIZE, **VIT),
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=patches,
+        vision_feature_layer=-1,  # the layer before the last, its default, is for pretrained CLIP
+    )
+    peer = LlavaForConditionalGeneration(config)
+    # The library would tie them by Llama's names, which GPT-2 does not have; untied, they would count twice.
+    peer.lm_head.weight = peer.model.language_model.wte.weight
+    peer.generation_config.update(**special, suppress_tokens=[processor.image_token_id])
+    return Captioner(peer, ImagePromptProcessor(processor.image_processor, processor.tokenizer, patches))
 
 
 def train(captioner: Captioner, rows: Rows, minutes: float, learning_rate: float) -> dict[str, float]:
@@ -178,14 +187,15 @@ def caption(captioner: Captioner, rows: Rows) -> list[str]:
     return captions
 
 
-def run(name: str, folder: Path, tokenizer: str, split: str, settings: dict[str, Any]) -> dict[str, Any]:
+def run(name: str, data: Path, split: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Train one captioner and score its captions of a split."""
     set_seed(settings["seed"])
-    captioner = build(name, tokenizer)
-    source = Source(str(folder / "flickr8k"), suffix_column="captions")
+    source = Source(str(data / "flickr8k"), suffix_column="captions")
+    together = 1 if name in ("ved", "llava") else TEXTS_PER_IMAGE
     augment = augmentation((IMAGE_SIZE, IMAGE_SIZE))
-    together = {"texts_per_image": OURS["texts_per_image"]} if name == "ours" else {}
-    training = read_rows(source, "train", augment=augment, **together)
+    training = read_rows(source, "train", augment=augment, texts_per_image=together)
+    captions = [caption for index in range(len(training)) for caption in training.texts(index)[1]]
+    captioner = build(name, train_tokenizer(captions, VOCABULARY))
     spent = train(captioner, training, settings["minutes"], settings["learning_rate"])
     rows = read_rows(source, split, draw=False)
     captions = caption(captioner, rows)
@@ -199,7 +209,7 @@ def run(name: str, folder: Path, tokenizer: str, split: str, settings: dict[str,
 
 
 def main(
-    data: Annotated[Path, typer.Argument(help="Folder with flickr8k and gpt2_tokenizer.")],
+    data: Annotated[Path, typer.Argument(help="Folder that holds flickr8k.")],
     output: Annotated[Path, typer.Option(help="JSON file; what is in it is not computed again.")],
     minutes: Annotated[float, typer.Option(help="CPU time for training each model.")] = 20,
     seeds: Annotated[int, typer.Option(help="Runs of each model, with the seeds 0, 1, …")] = 3,
@@ -212,12 +222,16 @@ def main(
     result = json.loads(output.read_text()) if output.exists() else {"runs": []}
     for seed in range(seeds):
         for name in captioners.split(","):
-            rates = map(float, learning_rates.split(",")) if learning_rates else [LEARNING_RATES[name]]
+            rates = (
+                map(float, learning_rates.split(","))
+                if learning_rates
+                else [LEARNING_RATES.get(name, LEARNING_RATES["ours"])]
+            )
             for rate in rates:
                 settings = {"captioner": name, "seed": seed, "minutes": minutes, "learning_rate": rate, "split": split}
                 if any(settings == {key: entry[key] for key in settings} for entry in result["runs"]):
                     continue
-                found = run(name, data, str(data / "gpt2_tokenizer"), split, settings)
+                found = run(name, data, split, settings)
                 result["runs"].append(settings | found)
                 result |= {"decoding": DECODING, "batch_size": BATCH_SIZE, "image_size": IMAGE_SIZE, **provenance()}
                 output.parent.mkdir(parents=True, exist_ok=True)

@@ -49,13 +49,13 @@ def scans() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return train, held_out
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: list[str], vocab_size: int = 384) -> PreTrainedTokenizerBase:
     """A byte-level BPE of GPT-2's kind, from the texts at hand."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=384,
+        vocab_size=vocab_size,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
