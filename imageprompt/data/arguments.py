@@ -18,7 +18,7 @@ from .sources import Source
 class TrainingSource(Source):
     """A source with its splits and the augmentation of its images."""
 
-    train_split: str = field(default="train", metadata={"help": 'Such as train, "train[:80%]" or train+validation.'})
+    train_split: str = field(default="train", metadata={"help": 'Such as train, "train[:80%%]" or train+validation.'})
     eval_split: str | None = field(default="validation", metadata={"help": "Used with --eval_strategy."})
     texts_per_image: int = field(
         default=1, metadata={"help": "Learn so many of an image's texts at once; it is encoded once for all of them."}

@@ -66,7 +66,7 @@ class Source:
     image_folder: str | None = field(default=None, metadata={"help": "Where image paths start; the file's folder."})
     annotations: str | None = field(default=None, metadata={"help": "The file of answers to a VQA file of questions."})
     shuffle_rows: int | None = field(
-        default=None, metadata={"help": "Seed to shuffle the rows with before a split such as train[:80%] is cut."}
+        default=None, metadata={"help": "Seed to shuffle the rows with before a split such as train[:80%%] is cut."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read on while training, without a copy on the disk."})
 
