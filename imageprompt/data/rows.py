@@ -4,6 +4,7 @@ So captions are drawn and images augmented anew in every epoch, and a broken row
 named, counted and left out, until there are too many of them.
 """
 
+import copy
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +72,13 @@ class Rows(TorchDataset):
             return None
         prompts = self._texts[self.source.text_column]
         return [(row, number) for row, texts in enumerate(prompts) for number in range(len(texts or [None]))]
+
+    def select(self, indices: Sequence[int]) -> "Rows":
+        """The rows with these numbers alone."""
+        chosen = copy.copy(self)
+        chosen._pairs = [self._locate(index) for index in indices]
+        chosen._broken = self._broken[list(indices)].share_memory_()
+        return chosen
 
     def __len__(self) -> int:
         return len(self._texts) if self._pairs is None else len(self._pairs)

@@ -52,6 +52,18 @@ def test_prompts_come_from_a_column_or_are_one_for_all_or_a_template():
         rows_of(columns, text_column="q", prompt="This is", **settings)[0]
 
 
+def test_some_rows_are_selected_by_their_numbers(photos):
+    columns = {"image": photos[:2], "q": [["A?", "B?"], ["C?"]], "a": [["yes", "no"], ["both"]]}
+    rows = rows_of(columns, text_column="q", suffix_column="a")
+    chosen = rows.select([2, 1])
+    assert [chosen.texts(index) for index in range(len(chosen))] == [rows.texts(2), rows.texts(1)]
+    assert [chosen.name(index) for index in range(2)] == [rows.name(2), rows.name(1)]
+    assert chosen.select([1])[0] == rows[1] and chosen.lengths() == [rows.lengths()[2], rows.lengths()[1]]
+    plain = rows_of({"image": photos, "suffix": list("abcdef")}).select([5, 2])
+    assert [plain[0]["suffix"], len(plain)] == ["f", 2]
+    assert plain.__getitems__([0, 1]) == [plain[0]] and plain.broken == [f"Row 2 of the data ({photos[2]})"]
+
+
 def test_lists_of_prompts_and_suffixes_are_one_row_for_each_pair(photos):
     columns = {"image": photos[:2], "q": [["A?", "B?"], ["C?"]], "a": [["yes", "no"], ["both"]]}
     settings = {"text_column": "q", "suffix_column": "a"}
