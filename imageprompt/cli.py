@@ -159,7 +159,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         typer.secho(f'Error: {error}. The command needs: pip install "imageprompt[train]"', fg="red", err=True)
         raise SystemExit(1) from error
-    except (OSError, StrictDataclassError, ValueError) as error:
+    except (FloatingPointError, OSError, StrictDataclassError, ValueError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise SystemExit(2) from error
 

@@ -11,12 +11,12 @@ import timm
 import torch
 import typer
 from conftest import picture, tiny
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 from typer.testing import CliRunner
 
-from imageprompt.data.arguments import DataArguments
 from imageprompt.evaluation.evaluate import EvaluationArguments
-from imageprompt.training.train import ModelArguments, main
+from imageprompt.training.arguments import parse
+from imageprompt.training.train import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Pages whose Python blocks are executed here, each as one program, with a tiny `model` and its `processor` at hand.
@@ -87,7 +87,7 @@ def test_pages_link_to_what_exists():
 
 def test_options_exist():
     for arguments in commands("imageprompt", "train"):
-        HfArgumentParser((ModelArguments, DataArguments, TrainingArguments)).parse_args_into_dataclasses(arguments)
+        parse(arguments)
     for arguments in commands("imageprompt", "evaluate"):
         HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(arguments)
 

@@ -1,1 +1,6 @@
-"""Training from the command line: `imageprompt train` and `imageprompt quickstart`."""
+"""Training: `ImagePromptTrainer`, and the commands `imageprompt train`, `pretrain` and `quickstart`."""
+
+from .arguments import ImagePromptTrainingArguments
+from .trainer import ImagePromptTrainer
+
+__all__ = ["ImagePromptTrainer", "ImagePromptTrainingArguments"]
