@@ -50,8 +50,13 @@ def feature_layer(option: str, value: str | None) -> Any:
     return value if value in (None, "pooled") else _parsed(option, value)
 
 
-def new_gpt2(option: str, value: str | dict | None) -> GPT2Config:
+def new_gpt2(option: str, value: str | dict | None, vocab_size: int | None = None) -> GPT2Config:
     """The configuration of a new GPT-2.
+
+    Args:
+        option: its name, for messages.
+        value: GPT-2's settings.
+        vocab_size: where the settings name none; GPT-2's own by default.
 
     Raises:
         ValueError: if it is no JSON object, or names a setting that GPT-2 does not have.
@@ -63,7 +68,10 @@ def new_gpt2(option: str, value: str | dict | None) -> GPT2Config:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{option}: GPT-2 has no setting {name!r}.{hint}")
-    return GPT2Config(**{"bos_token_id": None, "eos_token_id": None} | settings)  # the tokenizer's will be taken
+    defaults = {"bos_token_id": None, "eos_token_id": None}  # the tokenizer's will be taken
+    if vocab_size is not None:
+        defaults["vocab_size"] = vocab_size
+    return GPT2Config(**defaults | settings)
 
 
 def _parsed(option: str, value: str) -> Any:

@@ -46,7 +46,7 @@ from imageprompt.data.rows import Rows, read_rows
 from imageprompt.data.sources import Source
 from imageprompt.evaluation import caption_scores
 from imageprompt.provenance import provenance
-from imageprompt.training.quickstart import train_tokenizer
+from imageprompt.training.tokenizing import train_tokenizer
 
 IMAGE_SIZE = 128
 TEXT = {"n_layer": 3, "n_embd": 256, "n_head": 4, "n_positions": 160}

@@ -27,7 +27,7 @@ from transformers import GPT2Config
 
 from imageprompt import ImagePromptForConditionalGeneration, ImagePromptProcessor, compose
 from imageprompt.provenance import provenance
-from imageprompt.training.quickstart import train_tokenizer
+from imageprompt.training.tokenizing import train_tokenizer
 from imageprompt.vision import probe_features, resolve_backbone
 
 SEED = 0

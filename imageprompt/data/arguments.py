@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..options import json_object
 from .augmenting import augmentation
-from .rows import Mixture, StreamMixture, check_weights, read_rows, stream_rows
+from .rows import BrokenRow, Mixture, StreamMixture, check_weights, read_rows, stream_rows
 from .sources import Source
 
 
@@ -77,6 +78,20 @@ def training_data(
     weights = None if None in given else given
     mixture = StreamMixture(training, weights, seed) if streams else Mixture(training, weights)
     return mixture, evaluation or None
+
+
+def training_texts(args: DataArguments) -> Iterator[str]:
+    """Every prompt and suffix of the training rows, without those of broken rows; no image is read.
+
+    Raises:
+        ValueError: for a stream, which would have to be read to its end.
+    """
+    for source, _ in dict(_sources(args)).values():
+        rows = read_rows(source, source.train_split)
+        for index in range(len(rows)):
+            with suppress(BrokenRow):
+                text, suffixes = rows.texts(index)
+                yield from [text, *suffixes] if text else suffixes
 
 
 def _sources(args: DataArguments) -> Iterator[tuple[str, tuple[TrainingSource, Any]]]:

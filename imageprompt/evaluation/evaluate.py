@@ -7,6 +7,7 @@ constant caption, one text for every image: a model that does not look scores no
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..configuration import ImagePromptConfig
 from ..data.rows import BrokenRow, Rows, read_rows
 from ..data.sources import Source
 from ..modeling import ImagePromptForConditionalGeneration
+from ..options import spell_out_recipe
 from ..processing import ImagePromptProcessor
 from ..provenance import provenance
 from .captions import caption_scores, java_caption_scores, tokenize_caption
@@ -118,7 +120,7 @@ def best_constant(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse `argv` (the command line by default), answer, score, and write the results."""
     parser = HfArgumentParser((EvaluationArguments, Source), description=__doc__, prog="imageprompt evaluate")
-    args, source = parser.parse_args_into_dataclasses(argv)
+    args, source = parser.parse_args_into_dataclasses(spell_out_recipe(sys.argv[1:] if argv is None else argv))
     set_seed(args.seed)
     rows = read_rows(source, args.split, draw=False, max_broken=args.max_broken_rows)
     if args.picture and not source.has_images:

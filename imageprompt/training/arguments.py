@@ -8,6 +8,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..configuration import PARTS
 from ..data.arguments import DataArguments
+from ..options import spell_out_recipe
 
 # Scores of which less is better; of all others the library's rule holds: more is better.
 LOWER_IS_BETTER = {"nats_per_token", "perplexity"}
@@ -24,6 +25,9 @@ class ModelArguments:
         default=None, metadata={"help": 'A new GPT-2 instead, as JSON: \'{"n_layer": 4, "n_embd": 256, "n_head": 4}\'.'}
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Where to load the tokenizer from, if not --text."})
+    new_tokenizer: int | None = field(
+        default=None, metadata={"help": "Make a tokenizer of so many tokens from the training texts instead."}
+    )
     pretrained: bool | None = field(default=None, metadata={"help": "Load the parts' weights (the default), or not."})
     connector: str | None = field(default=None, metadata={"help": "Connector between the parts; mlp by default."})
     connector_args: dict | str | None = field(default=None, metadata={"help": "What it takes, JSON: '{\"depth\": 2}'."})
@@ -162,6 +166,6 @@ TYPES = tuple(Arguments.__annotations__.values())
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """The options of a command line."""
+    """The options of a command line, which may begin with a recipe."""
     parser = HfArgumentParser(TYPES, description="Train or fine-tune on images and texts.", prog="imageprompt train")
-    return Arguments(*parser.parse_args_into_dataclasses(argv))
+    return Arguments(*parser.parse_args_into_dataclasses(spell_out_recipe(argv)))

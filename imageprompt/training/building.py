@@ -1,14 +1,24 @@
 """From the options of a command to a model, its processor and what of it learns."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from ..composing import compose
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import feature_layer, json_object, new_gpt2
 from ..processing import ImagePromptProcessor
 from .arguments import ModelArguments
+from .tokenizing import train_tokenizer
 
 
-def build_model(args: ModelArguments) -> tuple[ImagePromptForConditionalGeneration, ImagePromptProcessor]:
+def build_model(
+    args: ModelArguments, texts: Iterable[str]
+) -> tuple[ImagePromptForConditionalGeneration, ImagePromptProcessor]:
     """The model that the arguments ask for, and its processor.
+
+    Args:
+        args: the parts.
+        texts: what a new tokenizer is made from, where one is asked for.
 
     Raises:
         ValueError: for parts that are missing, named twice or unknown.
@@ -25,10 +35,16 @@ def build_model(args: ModelArguments) -> tuple[ImagePromptForConditionalGenerati
         preprocessing["input_size"] = (3, args.image_size, args.image_size)
     if args.crop_pct is not None:
         preprocessing["crop_pct"] = args.crop_pct
+    tokenizer: Any = args.tokenizer
+    if args.new_tokenizer is not None:
+        if args.tokenizer is not None or args.text is not None:
+            raise ValueError("--new_tokenizer is for a new language model, --text_config, and stands for --tokenizer.")
+        tokenizer = train_tokenizer(texts, args.new_tokenizer)
+    text = args.text or new_gpt2("--text_config", args.text_config, len(tokenizer) if args.new_tokenizer else None)
     return compose(
         args.vision,
-        args.text or new_gpt2("--text_config", args.text_config),
-        tokenizer=args.tokenizer,
+        text,
+        tokenizer=tokenizer,
         pretrained=args.pretrained is not False,
         model_args=json_object("--model_args", args.model_args),
         preprocessing=preprocessing,

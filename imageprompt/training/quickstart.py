@@ -15,13 +15,10 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GPT2Config,
-    GPT2Tokenizer,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -31,6 +28,7 @@ from ..composing import compose
 from ..data import ImagePromptCollator
 from ..evaluation.pictures import save_grid
 from ..generating import generate_texts
+from .tokenizing import train_tokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPT = "Which digit is this?"
@@ -49,21 +47,6 @@ def scans() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return train, held_out
 
 
-def train_tokenizer(texts: list[str], vocab_size: int = 384) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of GPT-2's kind, from the texts at hand."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return GPT2Tokenizer(tokenizer_object=bpe)
-
-
 def quickstart(folder: Path, epochs: float = 12) -> None:
     """Train, save to `folder`, and let a new process answer for the held-out scans.
 
@@ -72,7 +55,7 @@ def quickstart(folder: Path, epochs: float = 12) -> None:
     """
     set_seed(SEED)
     train, _ = scans()
-    tokenizer = train_tokenizer([row["text"] + row["suffix"] for row in train])
+    tokenizer = train_tokenizer([row["text"] + row["suffix"] for row in train], vocab_size=384)
     text_config = GPT2Config(
         n_layer=2,
         n_head=4,

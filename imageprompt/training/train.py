@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import set_seed
 
 from ..data import ImagePromptCollator
-from ..data.arguments import training_data
+from ..data.arguments import training_data, training_texts
 from .arguments import parse
 from .building import build_model
 from .trainer import ImagePromptTrainer
@@ -21,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse `argv` (the command line by default), train, and save model, processor and metrics."""
     options = parse(sys.argv[1:] if argv is None else argv)
     set_seed(options.training.seed)
-    model, processor = build_model(options.model)
+    model, processor = build_model(options.model, training_texts(options.data))
+    # The layout in which convolutions are fastest.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # the library's wrapper hides self
     learning = options.learning
     model.set_trainable(vision=learning.train_vision, connector=learning.train_connector, text=learning.train_text)
     train_rows, eval_rows = training_data(

@@ -57,7 +57,8 @@ class ImagePromptTrainer(Trainer):
     def plain_model(self) -> ImagePromptForConditionalGeneration:
         """The model itself, without what distributed training and adapters wrap around it."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+        plain: Any = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+        return plain
 
     @property
     def _parts(self) -> dict[str, list[torch.nn.Parameter]]:

@@ -7,7 +7,7 @@ import pytest
 from conftest import picture
 from datasets import Dataset, Image
 
-from imageprompt.data.arguments import DataArguments, training_data
+from imageprompt.data.arguments import DataArguments, training_data, training_texts
 from imageprompt.data.rows import Mixture, Rows
 
 SIZE = (32, 32)
@@ -85,3 +85,11 @@ def test_a_mixture_is_a_file_and_not_beside_a_dataset(folders):
         training_data(DataArguments(mixture=str(folders / "none.json")), SIZE, evaluates=False)
     with pytest.raises(ValueError, match="No such augmentation: flip"):
         training_data(DataArguments(str(folders / "a"), augment_args='{"flip": 1}'), SIZE, evaluates=False)
+
+
+def test_the_texts_of_all_sources(folders):
+    a = {"dataset": str(folders / "a"), "prompt": "A"}
+    texts = list(training_texts(mixture(folders, a, {"dataset": str(folders / "b")})))
+    assert texts == [text for n in range(4) for text in ("A", f" a{n}")] + [f"b{n}" for n in range(8)]
+    with pytest.raises(ValueError, match="leave out `--streaming`"):
+        list(training_texts(DataArguments(str(folders / "a"), streaming=True)))

@@ -129,3 +129,17 @@ def test_two_processes_under_accelerate_launch(folders, tmp_path):
 
 def test_the_script_stays_short():
     assert len((ROOT / "imageprompt" / "training" / "train.py").read_text().splitlines()) < 150
+
+
+def test_a_recipe_with_a_tokenizer_made_of_the_training_texts(folders, tmp_path):
+    recipe = {"vision": "resnet10t", "text_config": {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}}
+    recipe |= {"new_tokenizer": 300, "pretrained": False, "image_size": 32, "dataset": str(folders[0])}
+    recipe |= {"suffix_column": "captions", "max_steps": 1, "use_cpu": True, "output_dir": str(tmp_path / "run")}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    main([str(tmp_path / "recipe.json")])
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    assert processor.tokenizer.tokenize("A dog!") != list("A dog!") and len(processor.tokenizer) < 300
+    config = AutoModelForImageTextToText.from_pretrained(tmp_path / "run").config
+    assert config.vocab_size == len(processor.tokenizer)
+    with pytest.raises(ValueError, match="--new_tokenizer is for a new language model"):
+        main([str(tmp_path / "recipe.json"), "--tokenizer", str(folders[1])])
