@@ -143,7 +143,7 @@ def try_backbone(name: str, model_args: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(name: str, model_args: dict[str, Any]) -> dict[str, Any]:
-    tokenizer = train_tokenizer(TEXTS)
+    tokenizer = train_tokenizer(TEXTS, vocab_size=384)
     special = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
     text_config = GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=8192, vocab_size=len(tokenizer), **special)
     model, processor = compose(

@@ -10,17 +10,20 @@ import pytest
 import timm
 import torch
 import typer
-from conftest import picture, tiny
+from conftest import make_photos, picture, tiny
+from test_recipes import RECIPES
 from transformers import HfArgumentParser
 from typer.testing import CliRunner
 
+from imageprompt.data.sources import Source
 from imageprompt.evaluation.evaluate import EvaluationArguments
+from imageprompt.options import spell_out_recipe
 from imageprompt.training.arguments import parse
 from imageprompt.training.train import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Pages whose Python blocks are executed here, each as one program, with a tiny `model` and its `processor` at hand.
-PYTHON_PAGES = ["connectors.md", "preprocessing.md", "prompting.md"]
+PYTHON_PAGES = ["connectors.md", "data.md", "preprocessing.md", "prompting.md"]
 COMMANDS = [
     shlex.split(command.replace("\\\n", " "))
     for page in sorted(DOCS.glob("*.md"))
@@ -41,6 +44,7 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tokenizer, tmp_pat
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("photo.jpg", "other.jpg", "dog.jpg", "cat.jpg", "photo.png")):
         picture(seed).save(name)
+    make_photos(tmp_path / "photos")
     model, processor = tiny(tokenizer)
     namespace = {"model": model, "processor": processor}
     blocks = re.findall(
@@ -52,11 +56,12 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tokenizer, tmp_pat
         assert capsys.readouterr().out == shown
 
 
-# Pages whose Python blocks run elsewhere: they need a server, or the README's model.
-PYTHON_ELSEWHERE = ["generation.md", "serving.md"]
+# Pages whose Python blocks run elsewhere: they need a server, the README's model, or are run as a whole.
+PYTHON_ELSEWHERE = ["generation.md", "serving.md", *(f"{page}.md" for page in RECIPES)]
 # Each kind of command, tried by the tests below, in tests/test_serving.py or tests/test_language_models.py.
 COMMANDS_TRIED = [
     ["imageprompt", "evaluate"],
+    ["imageprompt", "generate"],
     ["imageprompt", "serve"],
     ["imageprompt", "train"],
     ["python", "scripts/benchmark_preprocessing.py"],
@@ -89,15 +94,34 @@ def test_options_exist():
     for arguments in commands("imageprompt", "train"):
         parse(arguments)
     for arguments in commands("imageprompt", "evaluate"):
-        HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(arguments)
+        HfArgumentParser((EvaluationArguments, Source)).parse_args_into_dataclasses(spell_out_recipe(arguments))
 
 
-@pytest.mark.parametrize("arguments", commands("imageprompt", "train"))
+def on_shared_data(arguments: list[str]) -> bool:
+    """Whether a command is not about a user's own folder, as those of the recipes are."""
+    return any(value.startswith("../shared/data") for value in spell_out_recipe(arguments))
+
+
+@pytest.mark.parametrize("arguments", filter(on_shared_data, commands("imageprompt", "train")))
 def test_training_commands_run(arguments, shared_data, tmp_path, monkeypatch):
     monkeypatch.chdir(DOCS.parent)
     short = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--eval_strategy", "no", "--save_strategy", "no"]
     main([*arguments, *short, "--output_dir", str(tmp_path / "run")])
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_mixture_of_the_data_page_trains(tokenizer, tmp_path, monkeypatch):
+    page = (DOCS / "data.md").read_text()
+    arguments = shlex.split(re.search(r"^imageprompt train (--mixture.*)$", page, re.MULTILINE)[1])
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path / "photos")
+    Path("mixture.json").write_text(re.search(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])
+    for part in tiny(tokenizer):
+        part.save_pretrained("runs/captioner")
+    main([*arguments, "--max_steps", "1", "--use_cpu", "--eval_strategy", "steps", "--eval_steps", "1"])
+    history = json.loads(Path("runs/both/trainer_state.json").read_text())["log_history"]
+    logged = {name for entry in history for name in entry}
+    assert {"eval_captions_loss", "eval_questions_loss"} <= logged
 
 
 def test_the_figures_of_the_captioning_page_are_those_measured():
