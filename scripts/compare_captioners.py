@@ -48,16 +48,10 @@ from imageprompt.evaluation import caption_scores
 from imageprompt.provenance import provenance
 from imageprompt.training.tokenizing import train_tokenizer
 
-IMAGE_SIZE = 128
-TEXT = {"n_layer": 3, "n_embd": 256, "n_head": 4, "n_positions": 160}
-VIT = {
-    "hidden_size": 384,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "intermediate_size": 1536,
-    "patch_size": 16,
-}
-OURS = {"vision": "resnet18", "connector": "mlp", "num_image_tokens": 16}
+IMAGE_SIZE = 64
+TEXT = {"n_layer": 2, "n_embd": 192, "n_head": 4, "n_positions": 160}
+VIT = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024, "patch_size": 8}
+OURS = {"vision": "resnet10t", "model_args": {"stem_width": 16}, "connector": "mlp"}
 TEXTS_PER_IMAGE = 5  # of ours: the peers have no way to share an image
 VOCABULARY = 4096
 # Of 3e-4, 1e-3 and 2e-3, the best of each on the validation split (docs/results/flickr8k/pilot.json).
@@ -107,7 +101,7 @@ def build(name: str, tokenizer: PreTrainedTokenizerBase) -> Captioner:
     settings = dict(OURS)
     if name not in ("ours", "ved", "llava"):
         connector, *fusion = name.split("+")
-        settings = {"vision": OURS["vision"], "connector": connector, "fusion": fusion[0] if fusion else "prefix"}
+        settings |= {"connector": connector, "fusion": fusion[0] if fusion else "prefix"}
     model, processor = compose(
         **settings,
         text=GPT2Config(**TEXT, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None),
