@@ -2,7 +2,7 @@
 
     python scripts/compare_captioners.py ../shared/data --output docs/results/flickr8k/peers.json
     python scripts/compare_captioners.py ../shared/data --captioners linear,mlp,mlp+cross_attention,… --seeds 1 \
-        --split validation --output docs/results/flickr8k/connectors.json
+        --image-size 128 --split validation --output docs/results/flickr8k/connectors.json
 
 The first trains
 
@@ -48,7 +48,6 @@ from imageprompt.evaluation import caption_scores
 from imageprompt.provenance import provenance
 from imageprompt.training.tokenizing import train_tokenizer
 
-IMAGE_SIZE = 64
 TEXT = {"n_layer": 2, "n_embd": 192, "n_head": 4, "n_positions": 160}
 VIT = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024, "patch_size": 8}
 OURS = {"vision": "resnet10t", "model_args": {"stem_width": 16}, "connector": "mlp"}
@@ -96,7 +95,7 @@ class EncoderDecoder(Captioner):
         return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
-def build(name: str, tokenizer: PreTrainedTokenizerBase) -> Captioner:
+def build(name: str, tokenizer: PreTrainedTokenizerBase, image_size: int) -> Captioner:
     """One of the captioners, from random weights. All share tokenizer and preprocessing."""
     settings = dict(OURS)
     if name not in ("ours", "ved", "llava"):
@@ -107,21 +106,21 @@ def build(name: str, tokenizer: PreTrainedTokenizerBase) -> Captioner:
         text=GPT2Config(**TEXT, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None),
         tokenizer=tokenizer,
         pretrained=False,
-        preprocessing={"input_size": (3, IMAGE_SIZE, IMAGE_SIZE), "crop_pct": 1.0},
+        preprocessing={"input_size": (3, image_size, image_size), "crop_pct": 1.0},
     )
     if name not in ("ved", "llava"):
         return Captioner(model, processor)
     special = {f"{kind}_token_id": processor.tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
     text = GPT2Config(**TEXT, vocab_size=model.config.vocab_size, **special)
     if name == "ved":
-        vision = ViTConfig(image_size=IMAGE_SIZE, **VIT)
+        vision = ViTConfig(image_size=image_size, **VIT)
         config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
         config.decoder_start_token_id, config.pad_token_id = special["bos_token_id"], special["pad_token_id"]
         return EncoderDecoder(VisionEncoderDecoderModel(config), processor)
-    patches = (IMAGE_SIZE // VIT["patch_size"]) ** 2
+    patches = (image_size // VIT["patch_size"]) ** 2
     text.tie_word_embeddings = False
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=IMAGE_SIZE, **VIT),
+        vision_config=CLIPVisionConfig(image_size=image_size, **VIT),
         text_config=text,
         image_token_index=processor.image_token_id,
         image_seq_length=patches,
@@ -186,10 +185,10 @@ def run(name: str, data: Path, split: str, settings: dict[str, Any]) -> dict[str
     set_seed(settings["seed"])
     source = Source(str(data / "flickr8k"), suffix_column="captions")
     together = 1 if name in ("ved", "llava") else TEXTS_PER_IMAGE
-    augment = augmentation((IMAGE_SIZE, IMAGE_SIZE))
+    augment = augmentation((settings["image_size"],) * 2)
     training = read_rows(source, "train", augment=augment, texts_per_image=together)
     captions = [caption for index in range(len(training)) for caption in training.texts(index)[1]]
-    captioner = build(name, train_tokenizer(captions, VOCABULARY))
+    captioner = build(name, train_tokenizer(captions, VOCABULARY), settings["image_size"])
     spent = train(captioner, training, settings["minutes"], settings["learning_rate"])
     rows = read_rows(source, split, draw=False)
     captions = caption(captioner, rows)
@@ -209,6 +208,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs of each model, with the seeds 0, 1, …")] = 3,
     captioners: Annotated[str, typer.Option(help="Which, with commas between.")] = "ours,ved,llava",
     learning_rates: Annotated[str | None, typer.Option(help="Try these instead, with commas between.")] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 64,
     split: Annotated[str, typer.Option(help="Split to score: validation to choose by, test at the end.")] = "test",
 ) -> None:
     """Train, score, and write the results, one by one."""
@@ -222,12 +222,13 @@ def main(
                 else [LEARNING_RATES.get(name, LEARNING_RATES["ours"])]
             )
             for rate in rates:
-                settings = {"captioner": name, "seed": seed, "minutes": minutes, "learning_rate": rate, "split": split}
+                settings = {"captioner": name, "seed": seed, "minutes": minutes, "learning_rate": rate}
+                settings |= {"image_size": image_size, "split": split}
                 if any(settings == {key: entry[key] for key in settings} for entry in result["runs"]):
                     continue
                 found = run(name, data, split, settings)
                 result["runs"].append(settings | found)
-                result |= {"decoding": DECODING, "batch_size": BATCH_SIZE, "image_size": IMAGE_SIZE, **provenance()}
+                result |= {"decoding": DECODING, "batch_size": BATCH_SIZE, **provenance()}
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.write_text(json.dumps(result, indent=2) + "\n")
                 print(json.dumps(settings | found["scores"] | {"steps": found["steps"]}))
