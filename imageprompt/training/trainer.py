@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.training_args import ParallelMode
@@ -57,8 +57,7 @@ class ImagePromptTrainer(Trainer):
     def plain_model(self) -> ImagePromptForConditionalGeneration:
         """The model itself, without what distributed training and adapters wrap around it."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        plain: Any = model if isinstance(model, PreTrainedModel) else model.get_base_model()
-        return plain
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property
     def _parts(self) -> dict[str, list[torch.nn.Parameter]]:
