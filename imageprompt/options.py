@@ -35,14 +35,31 @@ def spell_out_recipe(argv: Sequence[str]) -> list[str]:
     recipe, *more = argv
     if not Path(recipe).is_file():
         raise ValueError(f"{recipe!r} is neither an option nor a recipe, a JSON file of options.")
+    return [*as_words(json_object(recipe, Path(recipe).read_text())), *more]
+
+
+def as_words(options: dict[str, Any]) -> list[str]:
+    """Options as they stand on a command line: lists of texts word by word, what is no text as JSON."""
     words = []
-    for name, value in json_object(recipe, Path(recipe).read_text()).items():
+    for name, value in options.items():
         words.append(f"--{name}")
         if isinstance(value, list) and all(isinstance(word, str) for word in value):
             words += value
         else:
             words.append(value if isinstance(value, str) else json.dumps(value))
-    return [*words, *more]
+    return words
+
+
+def json_or_file(option: str, value: str) -> Any:
+    """What an option holds that is JSON, or the name of a file with it.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    path = Path(value).expanduser()
+    if value.lstrip()[:1] not in ("[", "{") and path.is_file():
+        return _parsed(f"{option} {value}", path.read_text())
+    return _parsed(option, value)
 
 
 def feature_layer(option: str, value: str | None) -> Any:

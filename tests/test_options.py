@@ -6,7 +6,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from imageprompt.data.arguments import DataArguments
-from imageprompt.options import feature_layer, json_object, new_gpt2, spell_out_recipe
+from imageprompt.options import feature_layer, json_object, json_or_file, new_gpt2, spell_out_recipe
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, {}), ('{"depth": 2}', {"depth": 2}), ({"a": 1}, {"a": 1})])
@@ -57,3 +57,14 @@ def test_what_is_no_recipe_is_refused(tmp_path):
     (tmp_path / "recipe.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"recipe.json is a JSON object"):
         spell_out_recipe([str(tmp_path / "recipe.json")])
+
+
+def test_json_may_stand_in_a_file(tmp_path):
+    (tmp_path / "stages.json").write_text('[{"max_steps": 1}]')
+    for value in (str(tmp_path / "stages.json"), '[{"max_steps": 1}]'):
+        assert json_or_file("--stages", value) == [{"max_steps": 1}]
+    (tmp_path / "broken.json").write_text("[")
+    with pytest.raises(ValueError, match=r"--stages .*broken.json is no JSON"):
+        json_or_file("--stages", str(tmp_path / "broken.json"))
+    with pytest.raises(ValueError, match=r"--stages is no JSON: 'missing\.json'"):
+        json_or_file("--stages", "missing.json")

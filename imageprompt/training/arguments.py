@@ -1,16 +1,17 @@
 """Options of `imageprompt train`: which model, what learns, and how. Those of the data are in `data/arguments.py`."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..configuration import PARTS
 from ..data.arguments import DataArguments
-from ..options import spell_out_recipe
+from ..options import as_words, spell_out_recipe
 
-# Scores of which less is better; of all others the library's rule holds: more is better.
+# Scores of which less is better, as of losses; of all others more is better.
 LOWER_IS_BETTER = {"nats_per_token", "perplexity"}
 
 
@@ -118,6 +119,9 @@ class ImagePromptTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better one."}
     )
+    # Of every run there is a picture, however short it is.
+    logging_steps: float = field(default=10, metadata={"help": "Log the loss after so many steps."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step too."})
     # The collator reads columns that the model does not name.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows have other columns."})
     # A loss that is not finite stops training, in one look at the device instead of the filter's two.
@@ -141,10 +145,11 @@ class ImagePromptTrainingArguments(TrainingArguments):
         if self.metric_for_best_model is None:
             if self.metric is not None:
                 self.metric_for_best_model = f"eval_{self.metric}"
-                if self.greater_is_better is None:
-                    self.greater_is_better = self.metric not in LOWER_IS_BETTER
             elif self.early_stopping_patience is not None:
                 self.metric_for_best_model = "eval_loss"
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            name = self.metric_for_best_model.removeprefix("eval_")
+            self.greater_is_better = not (name in LOWER_IS_BETTER or name.endswith("loss"))
         super().__post_init__()
         if self.device.type == "cpu":
             if self.fp16:
@@ -169,3 +174,18 @@ def parse(argv: Sequence[str]) -> Arguments:
     """The options of a command line, which may begin with a recipe."""
     parser = HfArgumentParser(TYPES, description="Train or fine-tune on images and texts.", prog="imageprompt train")
     return Arguments(*parser.parse_args_into_dataclasses(spell_out_recipe(argv)))
+
+
+def with_options(argv: Sequence[str], options: dict[str, Any]) -> list[str]:
+    """The command line with other options in place of its own; an option counts as it stands last."""
+    return [*argv, *as_words(options)]
+
+
+def refuse_unknown(option: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a ValueError that names the closest known one, if a name in a JSON option is not known."""
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{option}: there is no option {name!r} to set.{hint}")

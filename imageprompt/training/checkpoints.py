@@ -130,7 +130,7 @@ def whole_or_nothing(folder: Path, what: str, run: Path) -> Iterator[None]:
             else "there is no checkpoint to go on from: make room and start anew"
         )
         raise OSError(
-            f"{what} could not be written to {run} ({free / 2**20:,.1f} MiB were free there): {error}. "
+            f"{what} could not be written to {folder.parent} ({free / 2**20:,.1f} MiB were free there): {error}. "
             f"What was written of it is removed; {mend}."
         ) from error
 

@@ -32,8 +32,8 @@ def add_lora(model: ImagePromptForConditionalGeneration, settings: dict[str, Any
 
     Args:
         model: changed in place.
-        settings: of `peft.LoraConfig`. `target_modules` get adapters, `modules_to_save` learn as a whole: by default the
-            connector, which is often new.
+        settings: of `peft.LoraConfig`. `target_modules` get adapters, `modules_to_save` learn as a whole, by default
+            the connector, which is often new.
 
     Raises:
         ValueError: for unknown settings, names that no module has (those there are, are named), or an adapter on

@@ -1,53 +1,48 @@
 """Train or fine-tune an image-prompt model on a data set of images and texts.
 
 Run it as `imageprompt train …`, `python scripts/train.py …` or `accelerate launch scripts/train.py …`. Every field of
-`TrainingArguments` is an option as well.
+`TrainingArguments` is an option as well. Each step of `main` has its own module.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import set_seed
 
-from ..data import ImagePromptCollator
 from ..data.arguments import training_data, training_texts
-from .arguments import parse
+from .arguments import parse, with_options
 from .building import build_model
-from .trainer import ImagePromptTrainer
+from .running import TrainingRows, run_training
+from .search import search
+from .stages import check_stages, read_stages, run_stages
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse `argv` (the command line by default), train, and save model, processor and metrics."""
-    options = parse(sys.argv[1:] if argv is None else argv)
+    """Parse `argv` (the command line by default), train, and save model, processor, metrics and curves."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    stages = read_stages(argv, options) if options.plan.stages else []
+    if stages and options.plan.search:
+        raise ValueError("Pass --stages or --search, not both: search first, and write what came out into the stages.")
     set_seed(options.training.seed)
     model, processor = build_model(options.model, training_texts(options.data))
-    # The layout in which convolutions are fastest.
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # the library's wrapper hides self
-    learning = options.learning
-    model.set_trainable(vision=learning.train_vision, connector=learning.train_connector, text=learning.train_text)
-    train_rows, eval_rows = training_data(
-        options.data,
-        model.config.image_size,
-        evaluates=options.training.eval_strategy != "no",
-        seed=options.training.seed,
-    )
-    trainer = ImagePromptTrainer(
-        model,
-        options.training,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        data_collator=ImagePromptCollator(processor, max_length=options.data.max_length),
-        processing_class=processor,
-    )
-    result = trainer.train(resume_from_checkpoint=options.training.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    if trainer.is_world_process_zero():
-        print(f"Saved to {Path(options.training.output_dir).resolve()}")
+    runs = [stage.options for stage in stages] or [options]
+    evaluates = any(run.training.eval_strategy != "no" for run in runs) or options.plan.search is not None
+    seed, output_dir = options.training.seed, Path(options.training.output_dir)
+    rows = TrainingRows(*training_data(options.data, model.config.image_size, evaluates=evaluates, seed=seed))
+    if stages:
+        check_stages(stages, model, options.training.resume_from_checkpoint)
+        run_stages(stages, model, processor, rows, output_dir)
+    else:
+        if options.plan.search:
+            best = search(argv, options, processor, rows)
+            options = parse(with_options(argv, best))
+            set_seed(seed)
+            model, processor = build_model(options.model, training_texts(options.data))
+        run_training(model, processor, rows, options)
+    if options.training.process_index == 0:
+        print(f"Saved to {output_dir.resolve()}")
 
 
 if __name__ == "__main__":

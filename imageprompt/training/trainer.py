@@ -48,20 +48,13 @@ class ImagePromptTrainer(Trainer):
         super().__init__(model, args, *others, **kwargs)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStopping(args.early_stopping_patience))
-        learning = {part for part, parameters in self._parts.items() if any(p.requires_grad for p in parameters)}
-        for part in self._parts.keys() - learning:
-            if getattr(args, f"{part}_learning_rate") is not None:
-                raise ValueError(f"--{part}_learning_rate is given, but nothing of the part {part!r} learns.")
+        refuse_rates_of_frozen_parts(self.plain_model, args)
 
     @property
     def plain_model(self) -> ImagePromptForConditionalGeneration:
         """The model itself, without what distributed training and adapters wrap around it."""
         model: Any = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    @property
-    def _parts(self) -> dict[str, list[torch.nn.Parameter]]:
-        return self.plain_model._parts
 
     # --- learning rates
 
@@ -71,7 +64,9 @@ class ImagePromptTrainer(Trainer):
             return self.optimizer
         optimizer, rates = super().create_optimizer(model), self.args.part_learning_rates
         if len(set(rates.values())) > 1:
-            owners = {id(parameter): part for part, parameters in self._parts.items() for parameter in parameters}
+            owners = {
+                id(parameter): part for part, parameters in self.plain_model._parts.items() for parameter in parameters
+            }
             groups = list(optimizer.param_groups)
             optimizer.param_groups.clear()
             for group in groups:
@@ -174,7 +169,7 @@ class ImagePromptTrainer(Trainer):
         Raises:
             ValueError: if there is no whole checkpoint, or the rows or the model cannot give the metric asked for.
         """
-        if self.args.metric_task is not None:
+        if self.args.metric_task is not None and self.model is not None:  # in a search, once
             several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
             for rows in several.values():
                 check_metric(self.plain_model, self.processing_class, rows, self.args)
@@ -215,6 +210,14 @@ class ImagePromptTrainer(Trainer):
         tied = self.plain_model.all_tied_weights_keys
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
+
+
+def refuse_rates_of_frozen_parts(model: Any, args: ImagePromptTrainingArguments) -> None:
+    """Raise a ValueError if a learning rate is given for a part of which nothing learns."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for part, parameters in model._parts.items():
+        if getattr(args, f"{part}_learning_rate") is not None and not any(p.requires_grad for p in parameters):
+            raise ValueError(f"--{part}_learning_rate is given, but nothing of the part {part!r} learns.")
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -6,43 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import picture
-from datasets import Dataset, Image
+from commands import options
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from imageprompt.training.train import main
 
 ROOT = Path(__file__).parents[2]
-TINY_TEXT = json.dumps({"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": 400})
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tokenizer):
-    """(data set folder with train and validation, tokenizer folder)."""
-    root = tmp_path_factory.mktemp("train")
-    rows = {"image": [picture(seed) for seed in range(8)], "captions": [["A dog!", "Two cats."]] * 8}
-    data = Dataset.from_dict(rows).cast_column("image", Image())
-    (root / "data").mkdir()
-    for split in ("train", "validation"):
-        data.to_parquet(root / "data" / f"{split}.parquet")
-    tokenizer.save_pretrained(root / "tokenizer")
-    return root / "data", root / "tokenizer"
-
-
-def options(folders, output, *more: str) -> list[str]:
-    data, tokenizer = folders
-    parts = [
-        "--vision",
-        "resnet10t",
-        "--text_config",
-        TINY_TEXT,
-        "--tokenizer",
-        str(tokenizer),
-        "--pretrained",
-        "false",
-    ]
-    parts += ["--image_size", "32", "--dataset", str(data), "--suffix_column", "captions", "--output_dir", str(output)]
-    return [*parts, "--per_device_train_batch_size", "4", "--max_steps", "2", "--use_cpu", *more]
 
 
 def test_trains_evaluates_and_saves_all_that_loading_needs(folders, tmp_path):

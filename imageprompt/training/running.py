@@ -1,0 +1,70 @@
+"""One training, from a model and its rows to a folder with the model, its metrics and its curves."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data import ImagePromptCollator
+from ..modeling import ImagePromptForConditionalGeneration
+from ..options import json_object
+from ..processing import ImagePromptProcessor
+from .arguments import Arguments, LearningArguments
+from .curves import read_curves, save_curves
+from .lora import add_lora, merge_lora
+from .trainer import ImagePromptTrainer
+
+
+class TrainingRows(NamedTuple):
+    """Rows to train on, and those to evaluate on, if there are any."""
+
+    train: Any
+    evaluation: Any
+
+
+def choose_what_learns(model: ImagePromptForConditionalGeneration, args: LearningArguments) -> Any:
+    """The model with the parts frozen that are not to learn, or with LoRA adapters in it.
+
+    Raises:
+        ValueError: if nothing would learn, or LoRA is asked for and parts as well.
+    """
+    parts = {"vision": args.train_vision, "connector": args.train_connector, "text": args.train_text}
+    if args.lora is not None:
+        if given := [f"--train_{part}" for part, learns in parts.items() if learns is not None]:
+            raise ValueError(
+                f"--lora says what learns: leave out {', '.join(given)}, and name what is to learn as a whole in its "
+                "modules_to_save."
+            )
+        return add_lora(model, json_object("--lora", args.lora))
+    model.set_trainable(**parts)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("Every part is frozen: let at least the connector learn, with --train_connector true.")
+    return model
+
+
+def run_training(
+    model: ImagePromptForConditionalGeneration, processor: ImagePromptProcessor, rows: TrainingRows, options: Arguments
+) -> None:
+    """Train, and write model, processor, metrics and curves to `options.training.output_dir`.
+
+    With LoRA, the folder holds the merged model, and `adapter/` the adapter.
+    """
+    trainable = dict(model.config.trainable)
+    args, folder = options.training, Path(options.training.output_dir)
+    trainer = ImagePromptTrainer(
+        choose_what_learns(model, options.learning),
+        args,
+        train_dataset=rows.train,
+        eval_dataset=rows.evaluation,
+        data_collator=ImagePromptCollator(processor, max_length=options.data.max_length),
+        processing_class=processor,
+    )
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if options.learning.lora is not None:
+        trainer.save_model(str(folder / "adapter"))
+        trainer.model = merge_lora(trainer.model, processor, trainable)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero() and read_curves(trainer.state.log_history):
+        save_curves(trainer.state.log_history, folder / "curves.png")
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.accelerator.wait_for_everyone()
