@@ -101,9 +101,9 @@ def merge_lora(
         ValueError: if the merged weights give other logits.
     """
     inputs = processor(images=Image.effect_noise((64, 64), 64), text="A", return_tensors="pt")
-    device = next(adapted.parameters()).device
-    with torch.no_grad(), evaluating(adapted):
-        expected = adapted(**inputs.to(device)).logits.float()
+    model = adapted.get_base_model()  # with the adapters in it, and without autocast around it
+    with torch.no_grad(), evaluating(model):
+        expected = model(**inputs.to(model.device)).logits.float()
     merged = adapted.merge_and_unload()
     merged.set_trainable(**trainable)
     with torch.no_grad(), evaluating(merged):

@@ -6,9 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import options
+from conftest import max_difference, picture
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from imageprompt import ImagePromptForConditionalGeneration
+from imageprompt.training import building
 from imageprompt.training.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +101,113 @@ def test_two_processes_under_accelerate_launch(folders, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("Saved to") == 1
     AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
+
+
+EVERY_STEP = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+METRIC = ["--metric_task", "caption", "--metric", "CIDEr", "--metric_max_new_tokens", "5", "--metric_samples", "4"]
+
+
+def history(folder) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_scores_decide_and_are_shown_in_tensorboard_and_in_a_picture(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    more = [*METRIC, "--load_best_model_at_end", "--early_stopping_patience", "1", "--save_total_limit", "1"]
+    lengths = ["--train_sampling_strategy", "group_by_length"]
+    run = tmp_path / "run"
+    main(options(folders, run, *EVERY_STEP, *more, *lengths, "--report_to", "tensorboard", "--max_steps", "4"))
+    scores = {entry["step"]: entry["eval_CIDEr"] for entry in history(run) if "eval_CIDEr" in entry}
+    assert len(scores) >= 2
+    best = max(scores, key=lambda step: (scores[step], -step))
+    (kept,) = run.glob("checkpoint-*")
+    assert int(kept.name.partition("-")[2]) in (best, max(scores))
+    board = EventAccumulator(str(next((tmp_path / "board").rglob("events*")).parent))
+    board.Reload()
+    shown = {event.step: event.value for event in board.Scalars("eval/CIDEr")}
+    assert shown == pytest.approx(scores, abs=1e-6)
+    assert (run / "curves.png").stat().st_size > 10_000
+
+
+def test_a_resumed_run_draws_its_whole_history(folders, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("imageprompt.training.running.save_curves", lambda log, path: drawn.append((log, path)))
+    main(options(folders, tmp_path / "run", *EVERY_STEP))
+    more = ["--max_steps", "4", "--logging_steps", "1", "--resume_from_checkpoint", "true"]
+    main(options(folders, tmp_path / "run", *EVERY_STEP, *more))
+    (_, first), (log, path) = drawn
+    assert first == path == tmp_path / "run" / "curves.png"
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("more", [["--bf16"], ["--activation_checkpointing"], ["--bf16", "--activation_checkpointing"]])
+def test_less_memory(folders, tmp_path, monkeypatch, more):
+    """That bfloat16 and checkpointing are really on, not only accepted."""
+    seen = set()
+
+    def look(layer, inputs, output):
+        model = ImagePromptForConditionalGeneration.seen
+        seen.add((output.dtype, model.is_activation_checkpointing))
+
+    def build(args, real=building.build_model):
+        model, processor = real(args)
+        ImagePromptForConditionalGeneration.seen = model
+        model.model.connector.linear_1.register_forward_hook(look)
+        return model, processor
+
+    monkeypatch.setattr("imageprompt.training.train.build_model", build)
+    monkeypatch.setattr(ImagePromptForConditionalGeneration, "seen", None, raising=False)
+    main(options(folders, tmp_path / "run", *more))
+    dtype = torch.bfloat16 if "--bf16" in more else torch.float32
+    assert seen == {(dtype, "--activation_checkpointing" in more)}
+    assert history(tmp_path / "run")[0]["loss"] == pytest.approx(6.0, abs=0.3)
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float32}
+
+
+LORA = ["--lora", '{"r": 4, "target_modules": ["c_attn", "c_fc"]}', "--learning_rate", "1e-2"]
+
+
+def test_lora_ends_in_a_plain_model_and_an_adapter(folders, tmp_path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    main(options(folders, base))
+    data = ["--dataset", str(folders[0]), "--suffix_column", "captions", "--use_cpu", "--model", str(base)]
+    more = [*EVERY_STEP, "--load_best_model_at_end", "--max_steps", "2", "--bf16", "--activation_checkpointing"]
+    main([*data, *LORA, *more, "--output_dir", str(run)])
+    model = AutoModelForImageTextToText.from_pretrained(run)
+    processor = AutoProcessor.from_pretrained(run)
+    processor.check_model(model)
+    assert type(model) is ImagePromptForConditionalGeneration
+    assert model.config.trainable == {"vision": True, "connector": True, "text": True}
+    plain = AutoModelForImageTextToText.from_pretrained(base)
+    inputs = processor(images=picture(1), text="A", return_tensors="pt")
+    with torch.no_grad():
+        before = plain(**inputs).logits
+        adapted = PeftModel.from_pretrained(plain, run / "adapter")(**inputs).logits
+        assert max_difference(model(**inputs).logits, adapted) <= 1e-4
+        assert max_difference(adapted, before) > 1e-3
+    assert not (run / "checkpoint-2" / "model.safetensors").exists()  # checkpoints hold the adapter alone
+    main([*data, *LORA, *more, "--max_steps", "3", "--resume_from_checkpoint", "true", "--output_dir", str(run)])
+    assert [entry["step"] for entry in history(run) if "eval_loss" in entry] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([*LORA, "--train_text", "false"], "--lora says what learns: leave out --train_text"),
+        (["--lora", "[1]"], "--lora is a JSON object"),
+        (["--train_vision", "0", "--train_connector", "0", "--train_text", "0"], "Every part is frozen"),
+        (["--train_vision", "0", "--vision_learning_rate", "1e-3"], "nothing of the part 'vision' learns"),
+        (["--fp16"], "--fp16 needs a GPU"),
+        ([*METRIC, "--eval_strategy", "epoch", "--metric", "cider"], "has no score 'cider'; it has BLEU-1"),
+        (["--resume_from_checkpoint", "true"], "No whole checkpoint in .* to resume from: there is none"),
+        (["--metric", "CIDEr", "--eval_strategy", "epoch"], "say of what with --metric_task"),
+    ],
+)
+def test_mistakes_in_how_to_train_stop_before_the_first_step(folders, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        main(options(folders, tmp_path / "run", *more))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_the_script_stays_short():
