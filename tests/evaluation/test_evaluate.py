@@ -1,15 +1,22 @@
-"""`evaluate` on a tiny split: what it writes, and that the constant caption is the best of its candidates."""
+"""`evaluate` on a tiny split: what it writes, that it repeats and goes on, and what it refuses."""
 
+import hashlib
 import json
 
 import pytest
 from conftest import picture, tiny
-from datasets import Dataset, Image
+from datasets import ClassLabel, Dataset, Image, load_dataset
 
-from imageprompt.evaluation import caption_scores
+from imageprompt.evaluation import caption_scores, tasks
 from imageprompt.evaluation.evaluate import best_constant, main
 
-CAPTIONS = [["A dog!", "One dog."], ["Two cats.", "Cats on a sofa."], ["A red sofa.", "It is red."]]
+CAPTIONS = [
+    ["A dog!", "One dog."],
+    ["Two cats.", "Cats on a sofa."],
+    ["A red sofa.", "It is red."],
+    ["A dog."],
+    ["Two"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -17,27 +24,170 @@ def folder(tokenizer, tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluate")
     for part in tiny(tokenizer):
         part.save_pretrained(root / "model")
-    rows = {"image": [picture(seed) for seed in range(3)], "captions": CAPTIONS}
+    rows = {"image": [picture(seed) for seed in range(5)], "captions": CAPTIONS, "label": [0, 1, 1, 0, 1]}
+    dataset = (
+        Dataset.from_dict(rows).cast_column("image", Image()).cast_column("label", ClassLabel(names=["dog", "cat"]))
+    )
     (root / "data").mkdir()
     for split in ("train", "test"):
-        Dataset.from_dict(rows).cast_column("image", Image()).to_parquet(root / "data" / f"{split}.parquet")
+        dataset.to_parquet(root / "data" / f"{split}.parquet")
     return root
 
 
-def test_scores_settings_and_captions_are_written_and_repeat(folder, tmp_path):
-    arguments = ["--model", str(folder / "model"), "--dataset", str(folder / "data"), "--max_new_tokens", "4"]
-    for run in ("first", "second"):
-        files = ["--output", str(tmp_path / f"{run}.json"), "--captions", str(tmp_path / "captions.txt")]
-        main([*arguments, *files, "--constants", "2", "--picture", str(tmp_path / "grid.png")])
-    result = json.loads((tmp_path / "first.json").read_text())
-    captions = (tmp_path / "captions.txt").read_text().split("\n")[:3]
-    assert result["scores"] == pytest.approx(caption_scores(dict(enumerate(captions)), dict(enumerate(CAPTIONS))))
-    assert result["images"] == 3
-    assert (tmp_path / "grid.png").exists()
-    second = json.loads((tmp_path / "second.json").read_text())
-    for entry in (result, second):
-        entry["settings"].pop("output")
-    assert result == second
+@pytest.fixture
+def evaluate(folder, tmp_path, monkeypatch):
+    """Runs the command on the model and data above, in an empty folder; returns its result."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*more: str, output: str = "scores.json", column: str = "captions") -> dict:
+        where = ["--model", str(folder / "model"), "--dataset", str(folder / "data"), "--output", output]
+        main([*where, "--suffix_column", column, "--max_new_tokens", "8", "--batch_size", "2", *more])
+        return json.loads((tmp_path / output).read_text())
+
+    return run
+
+
+def predictions(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()][1:]
+
+
+def test_scores_settings_and_answers_are_written_and_repeat(evaluate, folder, tmp_path):
+    more = ["--constants", "2", "--captions", "captions.txt", "--picture", "new/grid.png", "--num_beams", "2"]
+    result = evaluate(*more)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    captions = (tmp_path / "captions.txt").read_text().splitlines()
+    records = predictions(tmp_path / "scores.predictions.jsonl")
+    assert captions == [" ".join(record["answer"].split()) for record in records]
+    assert [record["references"] for record in records] == CAPTIONS
+    answers = {record["row"]: record["answer"] for record in records}
+    assert result["scores"] == pytest.approx(caption_scores(answers, dict(enumerate(CAPTIONS))))
+    assert result["rows"] == 5 and result["broken_rows"] == []
+    assert result["decoding"] == {"do_sample": False, "max_new_tokens": 8, "num_beams": 2}
+    assert result["settings"]["suffix_column"] == "captions" and result["settings"]["seed"] == result["seed"] == 0
+    assert result["versions"].keys() >= {"imageprompt", "torch", "transformers"}
+    weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert result["model"]["weights_sha256"] == weights
+    assert {path.name for path in files} == {"scores.json", "scores.predictions.jsonl", "captions.txt", "grid.png"}
+
+    evaluate(*more)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == files
+    (tmp_path / "scores.predictions.jsonl").unlink()
+    evaluate(*more)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == files
+
+
+def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(evaluate, tmp_path, monkeypatch):
+    answer, batches = tasks.Caption.answer, []
+
+    def stop_at_the_third(self, model, processor, images, texts):
+        batches.append([each.name for each in texts])
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return answer(self, model, processor, images, texts)
+
+    monkeypatch.setattr(tasks.Caption, "answer", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate()
+    assert len(predictions(tmp_path / "scores.predictions.jsonl")) == 4 and not (tmp_path / "scores.json").exists()
+    evaluate()
+    assert [len(names) for names in batches] == [2, 2, 1, 1] and batches[2] == batches[3]
+
+    files = [tmp_path / "scores.json", tmp_path / "scores.predictions.jsonl"]
+    stopped = [file.read_bytes() for file in files]
+    files[1].unlink()
+    evaluate()
+    assert [file.read_bytes() for file in files] == stopped
+
+
+def test_answers_of_other_settings_models_and_data_are_not_mixed(evaluate, folder, tokenizer, tmp_path):
+    evaluate()
+    with pytest.raises(ValueError, match=r"decoding\.num_beams 1 instead of 2"):
+        evaluate("--num_beams", "2")
+    with pytest.raises(ValueError, match="data_sha256"):
+        evaluate("--prompt", "A photo of")
+    for part in tiny(tokenizer):
+        part.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"model\.weights_sha256 .* instead of"):
+        evaluate("--model", "other")
+    assert evaluate("--num_beams", "2", "--restart")["decoding"]["num_beams"] == 2
+    assert evaluate("--num_beams", "2", "--batch_size", "3")["rows"] == 5  # another batch size may go on
+
+
+@pytest.mark.parametrize("task", ["classify", "rank"])
+def test_classes_come_with_their_confusions(evaluate, tmp_path, task):
+    result = evaluate("--task", task, "--confusion_picture", "confusion.png", "--picture", "grid.png", column="label")
+    assert result["scores"].keys() == {"accuracy", "macro_recall", "macro_f1"}
+    assert [sum(counts) for counts in result["confusion"]["counts"]] == [2, 3]
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+    expected = {"normalize": "none"} if task == "rank" else {"do_sample": False, "max_new_tokens": 8, "num_beams": 1}
+    assert result["decoding"] == expected
+
+
+def test_each_task_has_its_scores(evaluate):
+    assert evaluate("--task", "vqa", output="vqa.json")["scores"].keys() == {"exact_match"}
+    result = evaluate("--task", "retrieval", "--normalize", "images", output="retrieval.json")
+    assert result["images"] == 5 and result["scores"]["text_to_image_recall@5"] == 1
+    alone = ["--image_column", "none", "--prompt", "<|endoftext|>"]
+    assert evaluate("--task", "perplexity", *alone, output="text.json")["scores"]["perplexity"] > 1
+
+
+def test_java_metrics_are_asked_for_and_what_is_missing_is_said(evaluate, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    result = evaluate("--java_metrics")
+    assert result["left_out"] == dict.fromkeys(("METEOR", "SPICE"), "There is no `java` command.")
+    assert "left_out" not in evaluate("--restart")
+
+
+def test_broken_rows_are_named(folder, tmp_path, evaluate):
+    dataset = load_dataset(str(folder / "data"), split="test").cast_column("image", Image(decode=False))
+    rows = dataset.to_list()
+    rows[1]["image"] = {"bytes": b"no image", "path": "broken.png"}
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(rows, features=dataset.features).to_parquet(tmp_path / "data" / "test.parquet")
+    result = evaluate("--dataset", "data")
+    assert result["rows"] == 4
+    (broken,) = result["broken_rows"]
+    assert broken.startswith("Row 1 of data (broken.png): ")
+    assert [record["row"] for record in predictions(tmp_path / "scores.predictions.jsonl")] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"1 broken rows of 5; the last: Row 1 of data \(broken\.png\)"):
+        evaluate("--dataset", "data", "--max_broken_rows", "0", "--restart")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--suffix_column", "texts"], "no column 'texts'; it has image, captions, label"),
+        (["--text_column", "question"], "no column 'question'"),
+        (["--split", "validation"], "no split 'validation'; it has"),
+        (["--split", "test[:0]"], "is empty"),
+        (["--dataset", "./nowhere"], "There is no data set at nowhere"),
+        (["--task", "rank"], "2 references"),
+        (["--max_new_tokens", "253"], "256 positions"),
+        (["--batch_size", "0"], "at least 1, got 0"),
+        (["--task", "vqa", "--java_metrics"], "`--java_metrics` is for the task caption, not for 'vqa'"),
+        (["--confusion_picture", "x.png"], "is for the task classify and rank, not for 'caption'"),
+        (["--picture", "x.png", "--image_column", "none"], "there are none"),
+        (["--streaming"], "A stream can only be trained on"),
+        (["--constants", "2", "--train_split", "training"], "no split 'training'"),
+    ],
+)
+def test_mistakes_stop_before_the_weights_are_loaded(evaluate, tmp_path, monkeypatch, more, message):
+    monkeypatch.setattr(
+        "imageprompt.modeling.ImagePromptForConditionalGeneration.from_pretrained",
+        lambda *_, **__: pytest.fail("loaded"),
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate(*more)
+    assert not list(tmp_path.glob("scores*"))
+
+
+def test_a_processor_of_another_model_is_refused(folder, evaluate, tokenizer, tmp_path):
+    model, _ = tiny(tokenizer)
+    _, processor = tiny(tokenizer, num_image_tokens=1)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="do not belong together: num_image_tokens 1 here, 4 in the model"):
+        evaluate("--model", "model")
 
 
 def test_best_constant_has_the_highest_cider():
@@ -47,17 +197,3 @@ def test_best_constant_has_the_highest_cider():
     ciders = {c: caption_scores(dict.fromkeys(references, c), references)["CIDEr"] for c in candidates}
     assert scores["CIDEr"] == max(ciders.values())
     assert ciders[caption] == scores["CIDEr"]
-
-
-def test_missing_column_is_named(folder, tmp_path):
-    arguments = [
-        "--model",
-        str(folder / "model"),
-        "--dataset",
-        str(folder / "data"),
-        "--output",
-        str(tmp_path / "x.json"),
-    ]
-    with pytest.raises(ValueError, match="no column 'texts'; it has image, captions"):
-        main([*arguments, "--references_column", "texts"])
-    assert not (tmp_path / "x.json").exists()
