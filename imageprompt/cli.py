@@ -36,7 +36,7 @@ def train(context: typer.Context) -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
-    """Caption a data set split and score the captions (see `imageprompt evaluate --help`)."""
+    """Ask a saved model about a data set split and score its answers (see `imageprompt evaluate --help`)."""
     from .evaluation.evaluate import main
 
     main(context.args)

@@ -1,4 +1,4 @@
-"""Caption a data set split and score the captions: `python scripts/evaluate.py --help`."""
+"""Ask a saved model about a data set split and score its answers: `python scripts/evaluate.py --help`."""
 
 from imageprompt.evaluation.evaluate import main
 

@@ -38,7 +38,7 @@ def test_help_names_every_command():
     ("command", "options"),
     [
         ("train", ["--vision", "--connector", "--suffix_column", "--learning_rate"]),
-        ("evaluate", ["--model", "--references_column", "--num_beams"]),
+        ("evaluate", ["--model", "--suffix_column", "--num_beams"]),
     ],
 )
 def test_help_of_a_command_shows_its_options(capsys, command, options):
