@@ -138,6 +138,8 @@ def test_retrieval_ranks_all_texts_of_all_images(parts, normalize):
     matches = torch.tensor([[text in captions for text in texts] for captions in CAPTIONS])
     for row, record in enumerate(records):
         assert record["text_scores"] == pytest.approx(scores[row].tolist(), rel=1e-6, abs=1e-5)
+    # From the batch's own scores: images differ so little for this model that rounding may change their order.
+    scores = torch.tensor([record["text_scores"] for record in records], dtype=torch.float64)
     if normalize == "images":
         scores = scores - scores.mean(0)
     assert result == {"scores": retrieval_scores(scores, matches), "images": 4, "texts": 5}
@@ -202,7 +204,7 @@ def test_a_model_in_training_is_measured_and_left_in_training(tokenizer):
     expected = generated_metrics(model, processor, rows, "perplexity")
     model.train()
     model.model.connector.eval()
-    assert generated_metrics(model, processor, rows, "perplexity") == expected
+    assert generated_metrics(model, processor, rows, "perplexity") == pytest.approx(expected, rel=1e-6)
     generated_metrics(model, processor, rows, "caption", max_new_tokens=2)
     assert model.training and model.model.vision_tower.training and not model.model.connector.training
 
