@@ -151,6 +151,9 @@ class ImagePromptTrainingArguments(TrainingArguments):
             name = self.metric_for_best_model.removeprefix("eval_")
             self.greater_is_better = not (name in LOWER_IS_BETTER or name.endswith("loss"))
         super().__post_init__()
+        # Of a stream each process reads its share: batches made by one process for all are cut by their first
+        # dimension, which is rows for the texts, but images for the pixels.
+        self.accelerator_config.dispatch_batches = False
         if self.device.type == "cpu":
             if self.fp16:
                 raise ValueError("--fp16 needs a GPU; on the CPU it would be ignored. Use --bf16, or leave it out.")
