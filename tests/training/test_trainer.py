@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from imageprompt import ImagePromptCollator
-from imageprompt.data.rows import read_rows
+from imageprompt.data.rows import read_rows, stream_rows
 from imageprompt.data.sources import Source
 from imageprompt.evaluation import generated_metrics
 from imageprompt.training import ImagePromptTrainer, ImagePromptTrainingArguments
@@ -324,3 +324,39 @@ def test_two_processes_share_the_answers_and_see_the_same_scores(tokenizer, tmp_
     assert first_scores["eval_perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     logged = next(entry for entry in first["metrics"] if "learning_rate" in entry)
     assert {name: logged[name] for name in RATES} == RATES
+
+
+def stream_of_two(rank, folder, port, tokenizer):
+    """The colours that this process sees of a stream, with what it is told of them."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    model, processor = tiny(tokenizer, num_image_tokens=1, connector="pool")
+    source = Source(f"{folder}/rows.parquet", suffix_column="captions", streaming=True)
+    rows = stream_rows(source, "train", texts_per_image=2)
+    settings = {"per_device_train_batch_size": 2, "max_steps": 2}
+    seen = []
+    for batch in trainer_of(tokenizer, folder, rows, (model, processor), **settings).get_train_dataloader():
+        for ids, labels, index in zip(batch["input_ids"], batch["labels"], batch["image_index"], strict=True):
+            told = processor.decode(ids[labels != -100], skip_special_tokens=True).split()[-1]
+            image = processor.image_processor(Image.new("RGB", (8, 8), told), return_tensors="pt")["pixel_values"][0]
+            seen.append((told, max_difference(batch["pixel_values"][index], image)))
+    torch.save(seen, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_a_stream_and_see_texts_with_their_own_images(tokenizer, tmp_path):
+    for colour in COLOURS:
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{colour}.png")
+    rows = {"image": [str(tmp_path / f"{colour}.png") for colour in COLOURS]}
+    rows["captions"] = [[colour, f"very very {colour}"] for colour in COLOURS]
+    Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = (str(tmp_path), port, tokenizer)
+    torch.multiprocessing.start_processes(stream_of_two, args=arguments, nprocs=2, start_method="spawn")
+    seen = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(difference < 1e-6 for own in seen for _, difference in own)
+    told = [{colour for colour, _ in own} for own in seen]
+    assert sorted([*told[0], *told[1]]) == sorted(COLOURS)
