@@ -138,12 +138,12 @@ def search(
         raise ValueError(
             f"--search: none of {options.plan.trials} trials came to its end; narrow the ranges."
         ) from error
-    best = [None]
+    best: list[Any] = [None]
     if args.process_index == 0:
-        trials = optuna.load_study(study_name="search", storage=storage).get_trials()
-        best = [optuna.load_study(study_name="search", storage=storage).best_params]
-        facts = {"metric": metric, "direction": direction, "best": best[0], "seed": args.seed, "space": space}
-        facts["trials"] = [_record(trial) for trial in trials]
+        study = optuna.load_study(study_name="search", storage=storage)
+        best = [study.best_params]
+        facts = {"metric": metric, "direction": direction, "best": study.best_params, "seed": args.seed, "space": space}
+        facts["trials"] = [_record(trial) for trial in study.get_trials()]
         folder.mkdir(parents=True, exist_ok=True)
         found.write_text(json.dumps(facts | provenance(), indent=2) + "\n")
     return broadcast_object_list(best)[0]

@@ -10,7 +10,7 @@ def options(folders, output, *more: str) -> list[str]:
     data, tokenizer = folders
     parts = [
         "--vision",
-        "resnet10t",
+        "test_resnet",
         "--text_config",
         TINY_TEXT,
         "--tokenizer",

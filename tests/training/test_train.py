@@ -149,8 +149,10 @@ def test_less_memory(folders, tmp_path, monkeypatch, more):
         model = ImagePromptForConditionalGeneration.seen
         seen.add((output.dtype, model.is_activation_checkpointing))
 
-    def build(args, real=building.build_model):
-        model, processor = real(args)
+    real = building.build_model
+
+    def build(args, texts):
+        model, processor = real(args, texts)
         ImagePromptForConditionalGeneration.seen = model
         model.model.connector.linear_1.register_forward_hook(look)
         return model, processor
