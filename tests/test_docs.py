@@ -17,13 +17,15 @@ from typer.testing import CliRunner
 
 from imageprompt.data.sources import Source
 from imageprompt.evaluation.evaluate import EvaluationArguments
+from imageprompt.evaluation.evaluate import main as evaluate
+from imageprompt.evaluation.tasks import TASKS
 from imageprompt.options import spell_out_recipe
 from imageprompt.training.arguments import parse
 from imageprompt.training.train import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Pages whose Python blocks are executed here, each as one program, with a tiny `model` and its `processor` at hand.
-PYTHON_PAGES = ["connectors.md", "data.md", "preprocessing.md", "prompting.md"]
+PYTHON_PAGES = ["connectors.md", "data.md", "evaluation.md", "preprocessing.md", "prompting.md"]
 COMMANDS = [
     shlex.split(command.replace("\\\n", " "))
     for page in sorted(DOCS.glob("*.md"))
@@ -108,6 +110,35 @@ def test_training_commands_run(arguments, shared_data, tmp_path, monkeypatch):
     short = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--eval_strategy", "no", "--save_strategy", "no"]
     main([*arguments, *short, "--output_dir", str(tmp_path / "run")])
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def evaluate_with_a_tiny_model(arguments: list[str], tokenizer) -> dict:
+    """Run a command of a page in the working directory, where its model is a tiny one; returns what it wrote."""
+    for part in tiny(tokenizer):
+        part.save_pretrained(arguments[arguments.index("--model") + 1])
+    evaluate(arguments)
+    return json.loads(Path(arguments[arguments.index("--output") + 1]).read_text())
+
+
+def test_the_commands_of_the_evaluation_page_run(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path / "photos")
+    page = (DOCS / "evaluation.md").read_text()
+    shown = [command[2:] for command in COMMANDS if command[:2] == ["imageprompt", "evaluate"]]
+    shown = [arguments for arguments in shown if arguments[:2] == ["--task", arguments[1]]]
+    assert len(shown) == page.count("imageprompt evaluate --task")
+    for arguments in shown:
+        assert evaluate_with_a_tiny_model(arguments, tokenizer)["task"] == arguments[1]
+    assert {arguments[1] for arguments in shown} == set(TASKS)
+
+
+@pytest.mark.parametrize("arguments", filter(on_shared_data, commands("imageprompt", "evaluate")))
+def test_evaluation_commands_on_shared_data_run(arguments, shared_data, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "shared").symlink_to(shared_data.parent)
+    (tmp_path / "clone").mkdir()
+    monkeypatch.chdir(tmp_path / "clone")
+    arguments = [*spell_out_recipe(arguments), "--split", "test[:3]", "--constants", "2"]
+    assert evaluate_with_a_tiny_model(arguments, tokenizer)["rows"] == 3
 
 
 def test_the_mixture_of_the_data_page_trains(tokenizer, tmp_path, monkeypatch):
