@@ -1,5 +1,6 @@
 """One training, from a model and its rows to a folder with the model, its metrics and its curves."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ from ..data import ImagePromptCollator
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import json_object
 from ..processing import ImagePromptProcessor
+from ..provenance import provenance
 from .arguments import Arguments, LearningArguments
 from .curves import read_curves, save_curves
 from .lora import add_lora, merge_lora
@@ -45,7 +47,8 @@ def run_training(
 ) -> None:
     """Train, and write model, processor, metrics and curves to `options.training.output_dir`.
 
-    With LoRA, the folder holds the merged model, and `adapter/` the adapter.
+    `training.json` says what it came from: metrics, broken rows, versions and machine. With LoRA, the folder holds the
+    merged model, and `adapter/` the adapter.
     """
     trainable = dict(model.config.trainable)
     args, folder = options.training, Path(options.training.output_dir)
@@ -65,6 +68,12 @@ def run_training(
     trainer.save_state()
     if trainer.is_world_process_zero() and read_curves(trainer.state.log_history):
         save_curves(trainer.state.log_history, folder / "curves.png")
+    if trainer.is_world_process_zero():
+        # A stream's rows are not counted in one place.
+        record = {"metrics": result.metrics, "broken_rows": getattr(rows.train, "broken", None), **provenance()}
+        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        for name in record["broken_rows"] or []:
+            print(f"Left out: {name}")
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.accelerator.wait_for_everyone()

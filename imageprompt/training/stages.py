@@ -33,7 +33,7 @@ from .curves import read_curves, save_curves
 from .running import TrainingRows, choose_what_learns, run_training
 from .trainer import refuse_rates_of_frozen_parts
 
-_OF_TRAINING = {"stage.json", "curves.png", "training_args.bin", TRAINER_STATE_NAME}
+_OF_TRAINING = {"stage.json", "training.json", "curves.png", "training_args.bin", TRAINER_STATE_NAME}
 _OF_TRAINING |= {"train_results.json", "all_results.json"}
 _OWN = {"output_dir", "resume_from_checkpoint"}
 _OPTIONS = {field.name for kind in (ImagePromptTrainingArguments, LearningArguments) for field in fields(kind)} - _OWN

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import options
-from conftest import max_difference, picture
+from conftest import make_photos, max_difference, picture
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -228,3 +228,16 @@ def test_a_recipe_with_a_tokenizer_made_of_the_training_texts(folders, tmp_path)
     assert config.vocab_size == len(processor.tokenizer)
     with pytest.raises(ValueError, match="--new_tokenizer is for a new language model"):
         main([str(tmp_path / "recipe.json"), "--tokenizer", str(folders[1])])
+
+
+def test_broken_rows_are_left_out_named_and_recorded(folders, tokenizer, tmp_path, capsys):
+    make_photos(tmp_path / "photos", 6)
+    (tmp_path / "photos" / "03.png").write_bytes(b"no image")
+    data = ["--dataset", str(tmp_path / "photos" / "captions.csv"), "--image_column", "file"]
+    main([*options(folders, tmp_path / "run"), *data, "--suffix_column", "caption"])
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert record["broken_rows"] == [f"Row 3 of {tmp_path}/photos/captions.csv (03.png)"]
+    assert record["metrics"]["train_loss"] > 0 and "torch" in record["versions"]
+    assert "Left out: Row 3 of" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1 broken rows of 6; the last: Row 3 of"):
+        main([*options(folders, tmp_path / "strict"), *data, "--suffix_column", "caption", "--max_broken_rows", "0"])
