@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from conftest import picture, tiny_gpt2
+from conftest import make_photos, picture, tiny_gpt2
 from safetensors.torch import save_file
 from transformers import GPT2LMHeadModel, PreTrainedModel, ProcessorMixin
 
@@ -22,7 +22,7 @@ from imageprompt.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = re.findall(r"^imageprompt .*$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^imageprompt (?:[^\n\\]|\\\n)+", README, re.MULTILINE)
 
 
 def cached_repository(cache: Path, repo_id: str) -> Path:
@@ -69,23 +69,14 @@ def test_readme_runs(hub, tmp_path, monkeypatch, capsys):
     assert namespace["model"].config.num_image_tokens == 49
     assert not namespace["model"].config.trainable["vision"]
 
-    write_photos(tmp_path / "photos")
+    make_photos(tmp_path / "photos")
     for command in COMMANDS:
-        monkeypatch.setattr("sys.argv", shlex.split(command))
+        monkeypatch.setattr("sys.argv", shlex.split(command.replace("\\\n", " ")))
         command_line()
-    assert re.search(r"^photo\.jpg\t", capsys.readouterr().out, re.MULTILINE)
-    more = ImagePromptForConditionalGeneration.from_pretrained("runs/more")
-    assert not more.config.trainable["vision"]
-
-
-def write_photos(folder: Path) -> None:
-    """A user's own data set: images in a folder, and a table of their captions."""
-    (folder / "train").mkdir(parents=True)
-    lines = ["file_name,caption"]
-    for seed in range(2):
-        picture(seed).save(folder / "train" / f"{seed}.jpg")
-        lines.append(f"{seed}.jpg,A dog!")
-    (folder / "train" / "metadata.csv").write_text("\n".join(lines))
+    assert re.search(r"^photos/00\.png\t", capsys.readouterr().out, re.MULTILINE)
+    captioner = ImagePromptForConditionalGeneration.from_pretrained("runs/captioner")
+    assert not captioner.config.trainable["vision"]
+    assert json.loads(Path("runs/captioner/scores.json").read_text())["rows"] == 4
 
 
 def command_line() -> None:
