@@ -38,6 +38,8 @@ BACKBONES = {
 def frozen_imports():
     """Every training collects garbage, which need not look through all that is imported: half a second each time."""
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

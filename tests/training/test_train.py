@@ -1,6 +1,7 @@
 """`train`, as a user calls it: from parts, from a saved model, under accelerate, and with mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,28 +82,6 @@ def test_mistakes_stop_before_anything_is_written(folders, tmp_path, more, messa
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_under_accelerate_launch(folders, tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    run = subprocess.run(
-        [*launch, str(ROOT / "scripts" / "train.py"), *options(folders, tmp_path / "run")],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("Saved to") == 1
-    AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
-
-
 EVERY_STEP = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
 METRIC = ["--metric_task", "caption", "--metric", "CIDEr", "--metric_max_new_tokens", "5", "--metric_samples", "4"]
 
@@ -138,6 +117,41 @@ def test_a_resumed_run_draws_its_whole_history(folders, tmp_path, monkeypatch):
     (_, first), (log, path) = drawn
     assert first == path == tmp_path / "run" / "curves.png"
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [1, 2, 3, 4]
+
+
+def launch(*arguments: str) -> str:
+    """The output of the script in two processes."""
+    settings = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    settings += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *settings, str(ROOT / "scripts" / "train.py")]
+    run = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def test_two_processes_under_accelerate_launch(folders, tmp_path):
+    assert launch(*options(folders, tmp_path / "run")).count("Saved to") == 1
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_go_through_stages_adapters_and_a_search(folders, tmp_path):
+    """Three runs of two processes: about two minutes."""
+    stages = [{"train_vision": False, "train_text": False}, {"lora": {"target_modules": ["c_attn"]}, "max_steps": 3}]
+    staged = options(folders, tmp_path / "run", "--stages", json.dumps(stages), *EVERY_STEP, *METRIC)
+    assert launch(*staged).count("Saved to") == 1
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
+    assert [entry["step"] for entry in history(tmp_path / "run" / "stage-2") if "eval_CIDEr" in entry] == [1, 2, 3]
+    (tmp_path / "run" / "stage-2" / "train_results.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "stage-2" / "checkpoint-3")
+    launch(*staged, "--resume_from_checkpoint", "true")
+    assert [entry["step"] for entry in history(tmp_path / "run" / "stage-2") if "eval_CIDEr" in entry] == [1, 2, 3]
+
+    space = json.dumps({"learning_rate": [1e-4, 1e-3, 1e-2]})
+    launch(*options(folders, tmp_path / "searched", "--search", space, "--trials", "2"))
+    found = json.loads((tmp_path / "searched" / "search.json").read_text())
+    args = torch.load(tmp_path / "searched" / "training_args.bin", weights_only=False)
+    assert len(found["trials"]) == 2 and args.learning_rate == found["best"]["learning_rate"]
 
 
 @pytest.mark.parametrize("more", [["--bf16"], ["--activation_checkpointing"], ["--bf16", "--activation_checkpointing"]])
