@@ -5,14 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
 from ..configuration import PARTS
 from ..data.arguments import DataArguments
 from ..options import as_words, spell_out_recipe
-
-# Scores of which less is better, as of losses; of all others more is better.
-LOWER_IS_BETTER = {"nats_per_token", "perplexity"}
+from .steady import SteadyTrainingArguments
 
 
 @dataclass
@@ -83,8 +81,8 @@ class PlanArguments:
 
 
 @dataclass
-class ImagePromptTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with a learning rate for each part, and generated metrics.
+class ImagePromptTrainingArguments(SteadyTrainingArguments):
+    """[`SteadyTrainingArguments`] with a learning rate for each part, and generated metrics.
 
     Args:
         vision_learning_rate, connector_learning_rate, text_learning_rate (`float`, *optional*):
@@ -97,11 +95,9 @@ class ImagePromptTrainingArguments(TrainingArguments):
         metric_samples (`int`): so many rows are answered, spread evenly over the evaluation rows.
         metric_max_new_tokens (`int`): longest answer, in tokens.
         metric_num_beams (`int`): beams of generation; 1 is greedy search.
-        early_stopping_patience (`int`, *optional*):
-            stop after so many evaluations without a new best value, of `metric` or else the evaluation loss.
 
     Raises:
-        ValueError: for options that contradict each other, or fp16 on the CPU, where the library would ignore it.
+        ValueError: for a metric without evaluations or without a task.
     """
 
     vision_learning_rate: float | None = field(default=None, metadata={"help": "Of the vision tower."})
@@ -116,16 +112,8 @@ class ImagePromptTrainingArguments(TrainingArguments):
     metric_samples: int = field(default=500, metadata={"help": "Evaluation rows that are answered at most."})
     metric_max_new_tokens: int = field(default=30, metadata={"help": "Longest answer in evaluations, in tokens."})
     metric_num_beams: int = field(default=1, metadata={"help": "Beams in evaluations; 1 is greedy search."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better one."}
-    )
-    # Of every run there is a picture, however short it is.
-    logging_steps: float = field(default=10, metadata={"help": "Log the loss after so many steps."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step too."})
     # The collator reads columns that the model does not name.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows have other columns."})
-    # A loss that is not finite stops training, in one look at the device instead of the filter's two.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Has no effect: such a loss stops training."})
     # Every parameter that learns gets a gradient from every batch, also from one without images.
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Look for them; there are none."})
 
@@ -136,28 +124,16 @@ class ImagePromptTrainingArguments(TrainingArguments):
         return {part: self.learning_rate if rate is None else rate for part, rate in own.items()}
 
     def __post_init__(self):
-        evaluates = self.eval_strategy != "no"
-        for name in ("metric_task", "early_stopping_patience"):
-            if getattr(self, name) is not None and not evaluates:
-                raise ValueError(f"--{name} is about evaluations: say when with --eval_strategy, such as epoch.")
-        if self.metric is not None and self.metric_task is None:
-            raise ValueError(f"--metric {self.metric} is a score of answers: say of what with --metric_task.")
-        if self.metric_for_best_model is None:
-            if self.metric is not None:
-                self.metric_for_best_model = f"eval_{self.metric}"
-            elif self.early_stopping_patience is not None:
-                self.metric_for_best_model = "eval_loss"
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
-            name = self.metric_for_best_model.removeprefix("eval_")
-            self.greater_is_better = not (name in LOWER_IS_BETTER or name.endswith("loss"))
+        if self.metric_task is not None:
+            self._require_evaluations("metric_task")
+        if self.metric is not None:
+            if self.metric_task is None:
+                raise ValueError(f"--metric {self.metric} is a score of answers: say of what with --metric_task.")
+            self.metric_for_best_model = self.metric_for_best_model or f"eval_{self.metric}"
         super().__post_init__()
         # Of a stream each process reads its share: batches made by one process for all are cut by their first
         # dimension, which is rows for the texts, but images for the pixels.
         self.accelerator_config.dispatch_batches = False
-        if self.device.type == "cpu":
-            if self.fp16:
-                raise ValueError("--fp16 needs a GPU; on the CPU it would be ignored. Use --bf16, or leave it out.")
-            self.dataloader_pin_memory = False
 
 
 class Arguments(NamedTuple):

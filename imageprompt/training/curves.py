@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .trainer import SPEED
+from .steady import SPEED
 
 Curves = dict[str, tuple[list[int], list[float]]]
 

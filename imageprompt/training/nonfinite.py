@@ -17,7 +17,7 @@ def save_batch(file: Path, inputs: Mapping[str, Any], processor: Any, facts: dic
     Args:
         file: a `.safetensors` file.
         inputs: of the model.
-        processor: the model's processor, or `None`; then no texts are written.
+        processor: the model's processor or tokenizer, or `None`; then no texts are written.
         facts: for the file's metadata, beside `texts`, a JSON list with the text of each row.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in inputs.items() if torch.is_tensor(value)}
@@ -29,9 +29,11 @@ def save_batch(file: Path, inputs: Mapping[str, Any], processor: Any, facts: dic
 
 def _texts(tensors: dict[str, torch.Tensor], processor: Any) -> list[str]:
     """The text of each row, without padding and with one mark for each image."""
-    ids, mark = tensors["input_ids"], processor.image_token
+    ids, tokenizer = tensors["input_ids"], getattr(processor, "tokenizer", processor)
     mask = tensors.get("attention_mask", torch.ones_like(ids)).bool()
-    texts = [processor.tokenizer.decode(row[kept]) for row, kept in zip(ids, mask, strict=True)]
+    texts = [tokenizer.decode(row[kept]) for row, kept in zip(ids, mask, strict=True)]
+    if (mark := getattr(processor, "image_token", None)) is None:
+        return texts
     return [re.sub(f"({re.escape(mark)}){{{processor.num_image_tokens}}}", mark, text) for text in texts]
 
 
