@@ -39,7 +39,7 @@ def compose(
     text: str | os.PathLike | PreTrainedConfig,
     *,
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
-    pretrained: bool = True,
+    pretrained: bool | str = True,
     model_args: dict[str, Any] | None = None,
     preprocessing: dict[str, Any] | None = None,
     **config_fields,
@@ -50,7 +50,8 @@ def compose(
         vision: a timm name, a Hub id, or a local folder in timm's Hub layout.
         text: a Hub id or local folder of a causal language model, or its configuration (random weights).
         tokenizer: a tokenizer, or where to load it from; by default from `text`.
-        pretrained: load weights of every part that names some; `False` starts all from random ones.
+        pretrained: load weights of every part that names some; `False` starts all from random ones, `"vision"` or
+            `"text"` loads those of this part alone.
         model_args: keywords for `timm.create_model`, for example `{"drop_path_rate": 0.1}`.
         preprocessing: overrides of timm's data configuration, for example `{"input_size": (3, 96, 96)}`.
         config_fields: fields of [`ImagePromptConfig`]: `connector`, `num_image_tokens`, `fusion`, `trainable`.
@@ -62,8 +63,10 @@ def compose(
         ValueError: for unknown names (with close ones), a missing tokenizer, a language model whose logits a plain
             head does not reproduce, or a mean, std or activation that pretrained weights were not trained with.
     """
+    if pretrained not in (True, False, "vision", "text"):
+        raise ValueError(f"`pretrained` is True, False, 'vision' or 'text', got {pretrained!r}.")
     backbone = resolve_backbone(vision, model_args=model_args, preprocessing=preprocessing)
-    if pretrained:
+    if pretrained in (True, "vision"):
         refuse_foreign_training(preprocessing or {}, resolve_backbone(vision, model_args=model_args))
     if isinstance(text, PreTrainedConfig):
         text_config = text
@@ -82,7 +85,7 @@ def compose(
         text_config.name_or_path = ""  # a path of this machine means nothing where the model is loaded
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text_config, name, getattr(tokenizer, name))
-    if pretrained and not isinstance(text, PreTrainedConfig):
+    if pretrained in (True, "text") and not isinstance(text, PreTrainedConfig):
         with loading(text):
             language_model = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
     else:
@@ -102,7 +105,7 @@ def compose(
     model = ImagePromptForConditionalGeneration(config).eval()
     load_language_model(model, language_model.eval())
     model.generation_config = _generation_config(model, language_model, tokenizer)
-    if pretrained:
+    if pretrained in (True, "vision"):
         model.model.vision_tower.timm_model.load_state_dict(_timm_weights(backbone))
 
     processor = ImagePromptProcessor(

@@ -112,6 +112,20 @@ def test_pretrained_false_loads_no_weights(timm_folder, gpt2_folder):
     assert not torch.equal(model.model.language_model.wpe.weight, gpt2.transformer.wpe.weight)
 
 
+@pytest.mark.parametrize(("part", "loaded"), [("vision", (True, False)), ("text", (False, True))])
+def test_the_weights_of_one_part_alone(timm_folder, gpt2_folder, part, loaded):
+    set_seed(0)
+    model, _ = compose(timm_folder, gpt2_folder, num_image_tokens=4, pretrained=part)
+    backbone = timm.create_model(f"local-dir:{timm_folder}", pretrained=True)
+    gpt2 = GPT2LMHeadModel.from_pretrained(gpt2_folder)
+    assert loaded == (
+        torch.equal(model.model.vision_tower.timm_model.conv1[0].weight, backbone.conv1[0].weight),
+        torch.equal(model.model.language_model.h[0].mlp.c_fc.weight, gpt2.transformer.h[0].mlp.c_fc.weight),
+    )
+    with pytest.raises(ValueError, match="`pretrained` is True, False, 'vision' or 'text', got 'connector'"):
+        compose(timm_folder, gpt2_folder, pretrained="connector")
+
+
 def test_backbone_keywords_reach_timm_and_the_checkpoint(timm_folder, tokenizer, tmp_path):
     model, _ = compose(timm_folder, tiny_gpt2(), tokenizer=tokenizer, model_args={"drop_path_rate": 0.1})
     assert model.config.vision_config.model_args == {"drop_path_rate": 0.1}

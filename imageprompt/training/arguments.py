@@ -27,7 +27,9 @@ class ModelArguments:
     new_tokenizer: int | None = field(
         default=None, metadata={"help": "Make a tokenizer of so many tokens from the training texts instead."}
     )
-    pretrained: bool | None = field(default=None, metadata={"help": "Load the parts' weights (the default), or not."})
+    pretrained: str | None = field(
+        default=None, metadata={"help": "Load the weights of all parts (true, the default), of none (false), or of vision or text alone."}
+    )
     connector: str | None = field(default=None, metadata={"help": "Connector between the parts; mlp by default."})
     connector_args: dict | str | None = field(default=None, metadata={"help": "What it takes, JSON: '{\"depth\": 2}'."})
     num_image_tokens: int | None = field(default=None, metadata={"help": "Tokens per image; the connector's default."})

@@ -1,9 +1,11 @@
 """From the options of a command to a model, its processor and what of it learns."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers.hf_argparser import string_to_bool
 
 from ..composing import compose
 from ..modeling import ImagePromptForConditionalGeneration
@@ -47,7 +49,7 @@ def build_model(
         args.vision,
         text,
         tokenizer=tokenizer,
-        pretrained=args.pretrained is not False,
+        pretrained=_which_weights(args.pretrained),
         model_args=json_object("--model_args", args.model_args),
         preprocessing=preprocessing,
         connector_args=json_object("--connector_args", args.connector_args) or None,
@@ -63,6 +65,15 @@ def load_model(folder: str) -> tuple[ImagePromptForConditionalGeneration, ImageP
     processor = ImagePromptProcessor.from_pretrained(folder)
     processor.check_model(model)
     return _laid_out(model), processor
+
+
+def _which_weights(value: str | None) -> bool | str:
+    if value in ("vision", "text"):
+        return value
+    try:
+        return value is None or string_to_bool(value)
+    except ArgumentTypeError as error:
+        raise ValueError(f"--pretrained is true, false, vision or text, got {value!r}.") from error
 
 
 def _laid_out(model: ImagePromptForConditionalGeneration) -> ImagePromptForConditionalGeneration:
