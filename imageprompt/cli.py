@@ -35,6 +35,14 @@ def train(context: typer.Context) -> None:
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def pretrain(context: typer.Context) -> None:
+    """Train a language model on plain text, to be composed afterwards (see `imageprompt pretrain --help`)."""
+    from .training.pretrain import main
+
+    main(context.args)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
     """Ask a saved model about a data set split and score its answers (see `imageprompt evaluate --help`)."""
     from .evaluation.evaluate import main

@@ -65,7 +65,7 @@ def test_a_mistake_ends_with_its_message(saved, capsys):
     assert "'gpt2' checkpoint, not one of imageprompt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["train", "generate", "evaluate"])
+@pytest.mark.parametrize("script", ["train", "pretrain", "generate", "evaluate"])
 def test_scripts_run_from_a_checkout(script, capsys):
     with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [f"scripts/{script}.py", "--help"])

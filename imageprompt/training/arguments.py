@@ -28,7 +28,10 @@ class ModelArguments:
         default=None, metadata={"help": "Make a tokenizer of so many tokens from the training texts instead."}
     )
     pretrained: str | None = field(
-        default=None, metadata={"help": "Load the weights of all parts (true, the default), of none (false), or of vision or text alone."}
+        default=None,
+        metadata={
+            "help": "Load the weights of all parts (true, the default), of none (false), or of vision or text alone."
+        },
     )
     connector: str | None = field(default=None, metadata={"help": "Connector between the parts; mlp by default."})
     connector_args: dict | str | None = field(default=None, metadata={"help": "What it takes, JSON: '{\"depth\": 2}'."})

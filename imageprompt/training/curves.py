@@ -8,7 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .steady import SPEED
+# What the library measures of an evaluation besides the model.
+SPEED = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
 
 Curves = dict[str, tuple[list[int], list[float]]]
 

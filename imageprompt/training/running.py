@@ -10,7 +10,6 @@ from ..options import json_object
 from ..processing import ImagePromptProcessor
 from ..provenance import provenance
 from .arguments import Arguments, LearningArguments
-from .curves import read_curves, save_curves
 from .lora import add_lora, merge_lora
 from .trainer import ImagePromptTrainer
 
@@ -64,16 +63,10 @@ def run_training(
     if options.learning.lora is not None:
         trainer.save_model(str(folder / "adapter"))
         trainer.model = merge_lora(trainer.model, processor, trainable)
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero() and read_curves(trainer.state.log_history):
-        save_curves(trainer.state.log_history, folder / "curves.png")
     if trainer.is_world_process_zero():
         # A stream's rows are not counted in one place.
         record = {"metrics": result.metrics, "broken_rows": getattr(rows.train, "broken", None), **provenance()}
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         for name in record["broken_rows"] or []:
             print(f"Left out: {name}")
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.accelerator.wait_for_everyone()
+    trainer.save_run(result)

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.training_args import ParallelMode
 
 from .checkpoints import find_checkpoint, move_model, whole_or_nothing
+from .curves import read_curves, save_curves
 from .nonfinite import save_batch, say_what_is_not_finite
 
-# What the library measures of an evaluation besides the model.
-SPEED = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
 # Scores of which less is better, as of losses; of all others more is better.
 LOWER_IS_BETTER = {"nats_per_token", "perplexity"}
 
@@ -135,6 +134,16 @@ class SteadyTrainer(Trainer):
             move_model(half, folder)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_run(self, result: TrainOutput) -> None:
+        """Write the model, and what `train` gave: its state, its metrics and a picture of its curves."""
+        self.save_model()
+        self.save_state()
+        if self.is_world_process_zero() and read_curves(self.state.log_history):
+            save_curves(self.state.log_history, Path(self.args.output_dir) / "curves.png")
+        self.log_metrics("train", result.metrics)
+        self.save_metrics("train", result.metrics)
+        self.accelerator.wait_for_everyone()
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -15,8 +15,9 @@ from transformers.training_args import ParallelMode
 
 from ..modeling import ImagePromptForConditionalGeneration
 from .arguments import ImagePromptTrainingArguments
+from .curves import SPEED
 from .scoring import check_metric, score_answers
-from .steady import SPEED, SteadyTrainer
+from .steady import SteadyTrainer
 
 
 class ImagePromptTrainer(SteadyTrainer):

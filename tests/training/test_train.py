@@ -110,7 +110,7 @@ def test_scores_decide_and_are_shown_in_tensorboard_and_in_a_picture(folders, tm
 
 def test_a_resumed_run_draws_its_whole_history(folders, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("imageprompt.training.running.save_curves", lambda log, path: drawn.append((log, path)))
+    monkeypatch.setattr("imageprompt.training.steady.save_curves", lambda log, path: drawn.append((log, path)))
     main(options(folders, tmp_path / "run", *EVERY_STEP))
     more = ["--max_steps", "4", "--logging_steps", "1", "--resume_from_checkpoint", "true"]
     main(options(folders, tmp_path / "run", *EVERY_STEP, *more))
