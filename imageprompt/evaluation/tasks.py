@@ -52,9 +52,9 @@ class Settings:
 
 @dataclass
 class Texts:
-    """The texts of a row: its name, its prompt and its references, or why it cannot be used."""
+    """The texts of a row: its prompt and its references, or why it cannot be used."""
 
-    name: str
+    row: int
     prompt: str = ""
     references: tuple[str, ...] = ()
     broken: BrokenRow | None = None
@@ -90,12 +90,11 @@ class Task(ABC):
             stop_if_too_many(len(broken), rows.max_broken, len(rows), broken[-1])
 
     def _read(self, index: int) -> Texts:
-        name = self.rows.name(index)
         try:
             prompt, references = self.rows.texts(index)
         except BrokenRow as error:
-            return Texts(name, broken=error)
-        return Texts(name, prompt, tuple(text.strip() for text in references))
+            return Texts(index, broken=error)
+        return Texts(index, prompt, tuple(text.strip() for text in references))
 
     def check_lengths(self, processor: ImagePromptProcessor) -> None:
         """Refuse rows that would not fit into the language model's positions.
@@ -111,13 +110,15 @@ class Task(ABC):
             before = counts[texts.prompt] + in_front
             if not before:
                 raise ValueError(
-                    f"{texts.name} has neither image nor prompt to begin with: pass `--prompt {tokenizer.eos_token!r}`."
+                    f"{self.rows.name(texts.row)} has neither image nor prompt to begin with: pass "
+                    f"`--prompt {tokenizer.eos_token!r}`."
                 )
             if before + answer > tokenizer.model_max_length:
                 raise ValueError(
-                    f"{texts.name} has {before} tokens before its answer ({processor.num_image_tokens} for each image) "
-                    f"and up to {answer} in it: more than the language model's {tokenizer.model_max_length} positions. "
-                    "Shorten the texts" + (", or lower `max_new_tokens`." if isinstance(self, Generated) else ".")
+                    f"{self.rows.name(texts.row)} has {before} tokens before its answer "
+                    f"({processor.num_image_tokens} for each image) and up to {answer} in it: more than the language "
+                    f"model's {tokenizer.model_max_length} positions. Shorten the texts"
+                    + (", or lower `max_new_tokens`." if isinstance(self, Generated) else ".")
                 )
 
     @abstractmethod
@@ -175,8 +176,8 @@ class ShortAnswer(Generated):
             shortest = min(counts[separate(each.prompt, text)] for text in each.references)
             if shortest > self.settings.max_new_tokens:
                 raise ValueError(
-                    f"{each.name} has no answer of fewer than {shortest} tokens ({each.references[0]!r:.200}): "
-                    f"`max_new_tokens` {self.settings.max_new_tokens} is too small."
+                    f"{self.rows.name(each.row)} has no answer of fewer than {shortest} tokens "
+                    f"({each.references[0]!r:.200}): `max_new_tokens` {self.settings.max_new_tokens} is too small."
                 )
 
 
@@ -187,12 +188,13 @@ class Vqa(ShortAnswer):
 
     def __init__(self, rows: Rows, settings: Settings):
         super().__init__(rows, settings)
-        counts = {len(texts.references): texts.name for texts in self.usable}
+        counts = {len(texts.references): texts.row for texts in self.usable}
         if PEOPLE in counts and len(counts) > 1:
             other = next(count for count in counts if count != PEOPLE)
             raise ValueError(
-                f"{counts[PEOPLE]} has {PEOPLE} answers, {counts[other]} has {other}: VQA's accuracy needs those of "
-                f"{PEOPLE} people for each question and cannot be mixed with exact match. Evaluate the rows apart."
+                f"{self.rows.name(counts[PEOPLE])} has {PEOPLE} answers, {self.rows.name(counts[other])} has {other}: "
+                f"VQA's accuracy needs those of {PEOPLE} people for each question and cannot be mixed with exact "
+                "match. Evaluate the rows apart."
             )
 
     def score(self, records):
@@ -211,8 +213,8 @@ class Labelled(Task):
         for texts in self.usable:
             if len(texts.references) != 1:
                 raise ValueError(
-                    f"{texts.name} has {len(texts.references)} references; the task {self.name!r} takes one label for "
-                    "each row."
+                    f"{self.rows.name(texts.row)} has {len(texts.references)} references; the task "
+                    f"{self.name!r} takes one label for each row."
                 )
         names = self.rows.class_names or sorted({texts.references[0] for texts in self.usable})
         self.labels = [name.strip() for name in names]
@@ -378,7 +380,7 @@ def answer_rows(
             images: list[list[Any]] = []
             for index in range(start, min(start + batch_size, total)):
                 texts = task.texts[index]
-                record = {"row": index, "name": texts.name}
+                record = {"row": index, "name": task.rows.name(index)}
                 try:
                     if texts.broken is not None:
                         raise texts.broken

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import picture, tiny
 from datasets import ClassLabel, Dataset, Image
+from transformers import set_seed
 
 from imageprompt.data.rows import Rows
 from imageprompt.data.sources import Source
@@ -43,6 +44,7 @@ def make_rows(columns, images=True, labels=None, max_broken=100, **source) -> Ro
 
 @pytest.fixture(scope="module")
 def parts(tokenizer):
+    set_seed(0)
     return tiny(tokenizer)
 
 
