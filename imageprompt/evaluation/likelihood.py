@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,20 @@ from torch import Tensor
 from ..configuration import IGNORE_INDEX
 from ..modeling import ImagePromptForConditionalGeneration, evaluating
 from ..processing import ImagePromptProcessor
+
+
+class TextScores(NamedTuple):
+    """How likely the texts behind some rows are.
+
+    Args:
+        log_likelihoods (`Tensor`): (rows,), of each whole text, in nats and fp32.
+        tokens (`Tensor`): (rows,), how many tokens each has.
+        is_greedy (`Tensor`): (rows,), whether greedy search would write just this text.
+    """
+
+    log_likelihoods: Tensor
+    tokens: Tensor
+    is_greedy: Tensor
 
 
 class EncodedPrompts:
@@ -35,25 +49,20 @@ class EncodedPrompts:
         self.model, self.processor = model, processor
         inputs = processor(images=list(images), text=list(texts), padding=True, return_tensors="pt").to(model.device)
         self.mask, pixel_values = inputs["attention_mask"], inputs.pop("pixel_values", None)
+        # Recurrent layers go on from a cache by one token only: their rows are run whole.
+        self.runs_whole = getattr(model.model.language_model, "_is_stateful", False)
         with evaluating(model):
             if pixel_values is not None:
                 inputs["mm_encoder_outputs"] = {"image": model.get_image_features(pixel_values, return_dict=True)}
-            # Recurrent layers go on from a cache by one token only: their rows are run whole.
-            if getattr(model.model.language_model, "_is_stateful", False):
-                self.inputs = inputs
-            else:
-                self.inputs = None
-                self.outputs = model(**inputs, use_cache=True, logits_to_keep=1)
+            self.inputs = inputs
+            self.outputs = None if self.runs_whole else model(**inputs, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
-    def log_likelihoods(self, suffixes: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The log-likelihood of one text behind each row, its end-of-text token included, as [`score`] gives it.
+    def score(self, suffixes: Sequence[str]) -> TextScores:
+        """Score one text behind each row, its end-of-text token included, as the model's own `score` does.
 
         Args:
             suffixes: appended to the prompts as they are.
-
-        Returns:
-            (rows,) in nats, in fp32, and (rows,), of how many tokens.
 
         Raises:
             ValueError: if there is not one text for each row, a text holds an image's mark, a row becomes longer than
@@ -68,33 +77,30 @@ class EncodedPrompts:
         ends = [suffix + tokenizer.eos_token for suffix in suffixes]
         encoded = tokenizer(ends, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
         ids, is_text = encoded["input_ids"].to(self.mask.device), encoded["attention_mask"].to(self.mask.device)
+        with evaluating(self.model):
+            logits = self._logits(ids, is_text).float()
         labels = ids.masked_fill(is_text == 0, IGNORE_INDEX)
-        counts = is_text.sum(-1)
-        if self.inputs is not None:
-            before = self.inputs["input_ids"]
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORE_INDEX)
+        if losses.isnan().any():  # such a text would be ranked first or last by chance
+            raise ValueError("The model's logits are not numbers: its weights are broken, or too large for its dtype.")
+        is_greedy = ((logits.argmax(-1) == ids) | (is_text == 0)).all(-1)
+        return TextScores(-losses.sum(-1), is_text.sum(-1), is_greedy)
+
+    def _logits(self, ids: Tensor, is_text: Tensor) -> Tensor:
+        """(rows, tokens, vocabulary), what the model expects at each token of the texts."""
+        if self.runs_whole:
             whole = {
-                "input_ids": torch.cat([before, ids], dim=1),
+                "input_ids": torch.cat([self.inputs["input_ids"], ids], dim=1),
                 "attention_mask": torch.cat([self.mask, is_text], dim=1),
-                "labels": torch.cat([torch.full_like(before, IGNORE_INDEX), labels], dim=1),
             }
-            return _numbers(self.model.score(**{**self.inputs, **whole})), counts
-        logits = self.outputs.logits
-        if ids.shape[1] > 1:
-            with evaluating(self.model):
-                following = self.model(
-                    input_ids=ids[:, :-1],
-                    attention_mask=torch.cat([self.mask, is_text[:, :-1]], dim=1),
-                    # A cache grows with what is run behind it; the next text begins again after the prompt.
-                    past_key_values=copy.deepcopy(self.outputs.past_key_values),
-                    use_cache=True,
-                )
-            logits = torch.cat([logits, following.logits], dim=1)
-        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORE_INDEX)
-        return _numbers(-losses.sum(-1)), counts
-
-
-def _numbers(values: Tensor) -> Tensor:
-    """The values, unless one is none: it would be ranked first or last by chance."""
-    if values.isnan().any():
-        raise ValueError("The model's logits are not numbers: its weights are broken, or too large for its dtype.")
-    return values
+            return self.model(**{**self.inputs, **whole}, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]
+        if ids.shape[1] == 1:
+            return self.outputs.logits
+        following = self.model(
+            input_ids=ids[:, :-1],
+            attention_mask=torch.cat([self.mask, is_text[:, :-1]], dim=1),
+            # A cache grows with what is run behind it; the next text begins again after the prompt.
+            past_key_values=copy.deepcopy(self.outputs.past_key_values),
+            use_cache=True,
+        )
+        return torch.cat([self.outputs.logits, following.logits], dim=1)

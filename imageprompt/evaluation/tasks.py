@@ -261,7 +261,7 @@ class ByLikelihood(Task):
     def _log_likelihoods(self, encoded: EncodedPrompts, prompts: list[str]) -> torch.Tensor:
         columns = []
         for text in tqdm(self.candidates, desc="texts", leave=False, disable=len(self.candidates) < 100):
-            values, tokens = encoded.log_likelihoods([separate(prompt, text) for prompt in prompts])
+            values, tokens, _ = encoded.score([separate(prompt, text) for prompt in prompts])
             columns.append(values / tokens if self.settings.normalize == "tokens" else values)
         return torch.stack(columns, dim=1).cpu()
 
@@ -326,7 +326,7 @@ class Perplexity(Task):
         for number in range(max(len(each.references) for each in texts)):
             # Rows with fewer references score their last one again, which is not kept.
             suffixes = [separate(each.prompt, (each.references[number:] or each.references[-1:])[0]) for each in texts]
-            values, tokens = encoded.log_likelihoods(suffixes)
+            values, tokens, _ = encoded.score(suffixes)
             for record, each, value, count in zip(records, texts, values.tolist(), tokens.tolist(), strict=True):
                 if number < len(each.references):
                     record["log_likelihoods"].append(value)

@@ -35,12 +35,22 @@ def test_texts_score_as_each_does_alone(kind, tokenizer):
     model, processor = tiny(tokenizer, **settings)
     encoded = EncodedPrompts(model, processor, IMAGES, PROMPTS)
     for suffixes in SUFFIXES:
-        values, tokens = encoded.log_likelihoods(suffixes)
+        values, tokens, is_greedy = encoded.score(suffixes)
         for row, suffix in enumerate(suffixes):
             images = [IMAGES[row]] if IMAGES[row] else None
             alone = processor(images=images, text=[PROMPTS[row]], suffix=[suffix], return_tensors="pt")
             assert values[row].item() == pytest.approx(model.score(**alone).item(), rel=1e-6, abs=1e-5)
-            assert tokens[row] == (alone["labels"] != -100).sum()
+            supervised = alone["labels"][0] != -100
+            assert tokens[row] == supervised.sum()
+            expected = model(**alone).logits[0, :-1].argmax(-1)[supervised[1:]]
+            assert is_greedy[row] == torch.equal(expected, alone["labels"][0][supervised])
+
+
+def test_a_text_is_greedy_if_greedy_search_would_write_it(tokenizer):
+    model, processor = tiny(tokenizer)
+    torch.nn.init.zeros_(model.lm_head.weight)  # all tokens are equally likely, and the first is the end of the text
+    encoded = EncodedPrompts(model, processor, [[picture(0)]] * 2, ["A"] * 2)
+    assert encoded.score(["", "!"]).is_greedy.tolist() == [True, False]
 
 
 def test_images_are_encoded_once_and_modes_stay(tokenizer):
@@ -49,7 +59,7 @@ def test_images_are_encoded_once_and_modes_stay(tokenizer):
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     model.train()
     encoded = EncodedPrompts(model, processor, IMAGES, PROMPTS)
-    first, second = (encoded.log_likelihoods(SUFFIXES[0])[0] for _ in range(2))
+    first, second = (encoded.score(SUFFIXES[0]).log_likelihoods for _ in range(2))
     assert len(calls) == 1
     assert torch.equal(first, second)
     assert model.training and model.model.vision_tower.training
@@ -59,13 +69,13 @@ def test_what_cannot_be_scored_is_refused(tokenizer):
     model, processor = tiny(tokenizer)
     encoded = EncodedPrompts(model, processor, IMAGES, PROMPTS)
     with pytest.raises(ValueError, match="1 texts for 4 rows"):
-        encoded.log_likelihoods(["!"])
+        encoded.score(["!"])
     with pytest.raises(ValueError, match=r"holds <image>: 'an <image>'"):
-        encoded.log_likelihoods(["an <image>", "!", "!", "!"])
+        encoded.score(["an <image>", "!", "!", "!"])
     with pytest.raises(ValueError, match="256 positions"):
-        encoded.log_likelihoods(["!" * 300] * 4)
+        encoded.score(["!" * 300] * 4)
     with pytest.raises(ValueError, match="Row 0 is empty"):
         EncodedPrompts(model, processor, [[]], [""])
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     with pytest.raises(ValueError, match="not numbers"):
-        EncodedPrompts(model, processor, IMAGES, PROMPTS).log_likelihoods(SUFFIXES[0])
+        EncodedPrompts(model, processor, IMAGES, PROMPTS).score(SUFFIXES[0])
