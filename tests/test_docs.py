@@ -59,11 +59,13 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tokenizer, tmp_pat
 
 
 # Pages whose Python blocks run elsewhere: they need a server, the README's model, or are run as a whole.
-PYTHON_ELSEWHERE = ["generation.md", "serving.md", *(f"{page}.md" for page in RECIPES)]
-# Each kind of command, tried by the tests below, or by those of serving, language models and lmms-eval.
+PYTHON_ELSEWHERE = ["generation.md", "serving.md", "training.md", *(f"{page}.md" for page in RECIPES)]
+# Each kind of command, tried by the tests below or in those of recipes, serving, training, language models and lmms-eval.
 COMMANDS_TRIED = [
     ["imageprompt", "evaluate"],
+    ["accelerate", "launch"],
     ["imageprompt", "generate"],
+    ["imageprompt", "pretrain"],
     ["imageprompt", "serve"],
     ["imageprompt", "train"],
     ["python", "-m"],

@@ -131,6 +131,8 @@ class ImagePromptTrainingArguments(SteadyTrainingArguments):
     def __post_init__(self):
         if self.metric_task is not None:
             self._require_evaluations("metric_task")
+            if self.metric_samples < 1:
+                raise ValueError(f"--metric_samples is at least 1, got {self.metric_samples}.")
         if self.metric is not None:
             if self.metric_task is None:
                 raise ValueError(f"--metric {self.metric} is a score of answers: say of what with --metric_task.")

@@ -47,6 +47,8 @@ class SteadyTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.early_stopping_patience is not None:
             self._require_evaluations("early_stopping_patience")
+            if self.early_stopping_patience < 1:
+                raise ValueError(f"--early_stopping_patience is at least 1, got {self.early_stopping_patience}.")
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             name = self.metric_for_best_model.removeprefix("eval_")

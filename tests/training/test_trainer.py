@@ -237,6 +237,8 @@ def test_metrics_of_several_data_sets_are_averaged_and_decide_together(tokenizer
         ({"metric": "CIDEr", "eval_strategy": "epoch"}, "--metric CIDEr is a score of answers: say of what"),
         (METRIC | {"metric": "acuracy"}, "The task 'classify' has no score 'acuracy'; it has accuracy"),
         (METRIC | {"metric_task": "captions"}, "There is no task 'captions'; there are caption"),
+        (METRIC | {"metric_samples": 0}, "--metric_samples is at least 1, got 0"),
+        (METRIC | {"early_stopping_patience": 0}, "--early_stopping_patience is at least 1, got 0"),
         (METRIC | {"metric_max_new_tokens": 1}, "`max_new_tokens` 1 is too small"),
         (METRIC | {"fp16": True}, "--fp16 needs a GPU; on the CPU it would be ignored. Use --bf16"),
     ],
