@@ -97,7 +97,7 @@ def test_pages_link_to_what_exists():
 
 def test_options_exist():
     for arguments in commands("imageprompt", "train"):
-        parse(arguments)
+        parse([*arguments, "--use_cpu"])
     for arguments in commands("imageprompt", "evaluate"):
         HfArgumentParser((EvaluationArguments, Source)).parse_args_into_dataclasses(spell_out_recipe(arguments))
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import max_difference
+from runs import eight_rows, trainer_of
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from imageprompt.training.checkpoints import find_checkpoint, list_checkpoints, what_lacks
-from runs import eight_rows, trainer_of
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 

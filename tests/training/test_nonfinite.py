@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from conftest import tiny
+from runs import eight_rows, trainer_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from imageprompt import ImagePromptCollator
 from imageprompt.cli import main
-from runs import eight_rows, trainer_of
 
 
 def break_row(processor, index):

@@ -8,6 +8,7 @@ import torch
 from conftest import max_difference, tiny, tiny_gpt2
 from datasets import Dataset
 from PIL import Image
+from runs import eight_rows, trainer_of
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
@@ -18,7 +19,6 @@ from imageprompt.evaluation import generated_metrics
 from imageprompt.training import ImagePromptTrainer, ImagePromptTrainingArguments
 from imageprompt.training.checkpoints import list_checkpoints
 from imageprompt.training.steady import EarlyStopping
-from runs import eight_rows, trainer_of
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "purple", "cyan"]
 RATES = {"vision_learning_rate": 1e-2, "connector_learning_rate": 1e-1, "text_learning_rate": 1e-3}

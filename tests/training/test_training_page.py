@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,10 @@ BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", P
 SHORT = ["--use_cpu", "--max_steps"]
 
 
-def test_the_recipe_on_the_page_is_the_one_in_the_file():
-    (shown,) = re.findall(r"^```json\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert shown == (DOCS / "training" / "captioner.json").read_text()
+def test_what_the_page_shows_of_files_is_in_them():
+    shown = re.findall(r"^```json\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    names = ("captioner", "stages", "search")
+    assert shown == [(DOCS / "training" / f"{name}.json").read_text() for name in names]
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def workplace(tokenizer, tmp_path, monkeypatch):
     tokenizer.save_pretrained("gpt2")
     recipe = json.loads((DOCS / "training" / "captioner.json").read_text())
     recipe |= {"vision": "test_vit4", "text": "gpt2", "pretrained": "text", "image_size": 64, "num_image_tokens": 4}
-    Path("docs/training").mkdir(parents=True)
+    shutil.copytree(DOCS / "training", "docs/training")
     Path("docs/training/captioner.json").write_text(json.dumps(recipe))
     return tmp_path
 
