@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import max_difference
-from runs import eight_rows, trainer_of
 from safetensors import SafetensorError
+from trainers import eight_rows, trainer_of
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from imageprompt.training.checkpoints import find_checkpoint, list_checkpoints, what_lacks

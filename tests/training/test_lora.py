@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import max_difference, picture, tiny, tiny_gpt2
 from peft import PeftModel
-from runs import eight_rows, trainer_of
+from trainers import eight_rows, trainer_of
 
 from imageprompt import ImagePromptCollator, compose
 from imageprompt.training.lora import add_lora, merge_lora

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from conftest import tiny
-from runs import eight_rows, trainer_of
 from safetensors import safe_open
 from safetensors.torch import load_file
+from trainers import eight_rows, trainer_of
 
 from imageprompt import ImagePromptCollator
 from imageprompt.cli import main

@@ -8,8 +8,8 @@ import torch
 from conftest import max_difference, tiny, tiny_gpt2
 from datasets import Dataset
 from PIL import Image
-from runs import eight_rows, trainer_of
 from safetensors.torch import load_file
+from trainers import eight_rows, trainer_of
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from imageprompt import ImagePromptCollator
