@@ -114,6 +114,16 @@ class SteadyTrainer(Trainer):
             resume_from_checkpoint = str(find_checkpoint(self.args.output_dir, resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *others, **kwargs)
 
+    def _run_epoch(self, *, epoch: int, train_dataloader, **kwargs) -> None:
+        """As the library's, which in several processes does not tell the sampler in which epoch a run is resumed."""
+        sampler = getattr(train_dataloader, "batch_sampler", None)
+        while hasattr(sampler, "batch_sampler"):  # the processes' shares of it
+            sampler = sampler.batch_sampler
+        sampler = getattr(sampler, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
     def _save_checkpoint(self, model, trial) -> None:
         run, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with whole_or_nothing(run / name, name, run) if self.args.should_save else nullcontext():

@@ -280,20 +280,26 @@ PERPLEXITY = METRIC | {"metric_task": "perplexity", "metric": "perplexity"}
 
 
 def one_of_two(rank, folder, port, tokenizer, colours):
-    """Two epochs with a learning rate for each part, and evaluations."""
+    """Two epochs with a learning rate for each part, and evaluations; and the last step of them once more, resumed."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, processor = tiny(tokenizer, num_image_tokens=1, connector="pool")
     rows = Noted(eight_rows())
-    settings = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "save_steps": 4}
-    settings |= {"max_steps": 4, "eval_steps": 4, "save_strategy": "steps", "load_best_model_at_end": True}
-    trainer = trainer_of(
-        tokenizer, folder, rows, (model, processor), eval_rows=colours, **PERPLEXITY | settings | RATES
-    )
+    settings = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "max_steps": 4}
+    settings |= {"save_strategy": "steps", "save_steps": 1}
+    evaluates = PERPLEXITY | {"eval_steps": 4}
+    trainer = trainer_of(tokenizer, folder, rows, (model, processor), eval_rows=colours, **evaluates | settings | RATES)
     trainer.train()
     found = {"read": rows.read, "metrics": trainer.state.log_history, "weights": model.state_dict()}
+    for strategy in ("group_by_length", "random"):
+        settings["train_sampling_strategy"] = strategy
+        run = [Noted(eight_rows()), Noted(eight_rows())]
+        for rows, resumes in zip(run, (None, f"{folder}/{strategy}/checkpoint-3"), strict=True):
+            again = trainer_of(tokenizer, f"{folder}/{strategy}", rows, (model, processor), **settings)
+            again.train(resume_from_checkpoint=resumes)
+        found[strategy] = [rows.read for rows in run]
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -326,6 +332,10 @@ def test_two_processes_share_the_answers_and_see_the_same_scores(tokenizer, tmp_
     assert first_scores["eval_perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     logged = next(entry for entry in first["metrics"] if "learning_rate" in entry)
     assert {name: logged[name] for name in RATES} == RATES
+    for found in (first, second):
+        for strategy in ("group_by_length", "random"):
+            unbroken, resumed = found[strategy]
+            assert resumed == unbroken[-2:], strategy
 
 
 def stream_of_two(rank, folder, port, tokenizer):
