@@ -77,25 +77,33 @@ class EncodedPrompts:
         ends = [suffix + tokenizer.eos_token for suffix in suffixes]
         encoded = tokenizer(ends, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
         ids, is_text = encoded["input_ids"].to(self.mask.device), encoded["attention_mask"].to(self.mask.device)
-        with evaluating(self.model):
-            logits = self._logits(ids, is_text).float()
         labels = ids.masked_fill(is_text == 0, IGNORE_INDEX)
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORE_INDEX)
-        if losses.isnan().any():  # such a text would be ranked first or last by chance
+        with evaluating(self.model):
+            parts = self._logits(ids, is_text)
+        losses, expected = [], []
+        # In one piece they would be copied, and they are large.
+        for logits, targets in zip(parts, labels.split([part.shape[1] for part in parts], dim=1), strict=True):
+            flat = F.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+            )
+            losses.append(flat.view_as(targets))
+            expected.append(logits.argmax(-1))
+        log_likelihoods = -torch.cat(losses, dim=1).sum(-1)
+        if log_likelihoods.isnan().any():  # such a text would be ranked first or last by chance
             raise ValueError("The model's logits are not numbers: its weights are broken, or too large for its dtype.")
-        is_greedy = ((logits.argmax(-1) == ids) | (is_text == 0)).all(-1)
-        return TextScores(-losses.sum(-1), is_text.sum(-1), is_greedy)
+        is_greedy = ((torch.cat(expected, dim=1) == ids) | (is_text == 0)).all(-1)
+        return TextScores(log_likelihoods, is_text.sum(-1), is_greedy)
 
-    def _logits(self, ids: Tensor, is_text: Tensor) -> Tensor:
-        """(rows, tokens, vocabulary), what the model expects at each token of the texts."""
+    def _logits(self, ids: Tensor, is_text: Tensor) -> list[Tensor]:
+        """What the model expects at each token of the texts, (rows, tokens, vocabulary), in one part or two."""
         if self.runs_whole:
             whole = {
                 "input_ids": torch.cat([self.inputs["input_ids"], ids], dim=1),
                 "attention_mask": torch.cat([self.mask, is_text], dim=1),
             }
-            return self.model(**{**self.inputs, **whole}, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]
+            return [self.model(**{**self.inputs, **whole}, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]]
         if ids.shape[1] == 1:
-            return self.outputs.logits
+            return [self.outputs.logits]
         following = self.model(
             input_ids=ids[:, :-1],
             attention_mask=torch.cat([self.mask, is_text[:, :-1]], dim=1),
@@ -103,4 +111,4 @@ class EncodedPrompts:
             past_key_values=copy.deepcopy(self.outputs.past_key_values),
             use_cache=True,
         )
-        return torch.cat([self.outputs.logits, following.logits], dim=1)
+        return [self.outputs.logits, following.logits]
