@@ -75,7 +75,7 @@ class ImagePromptImageProcessor(BaseImageProcessor):
     """
 
     valid_kwargs = ImagePromptImageKwargs
-    model_input_names = ["pixel_values", "image_index"]
+    model_input_names = ["pixel_values"]
 
     size = {"height": 224, "width": 224}
     image_mean = [0.485, 0.456, 0.406]
