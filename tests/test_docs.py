@@ -30,7 +30,7 @@ COMMANDS = [
     shlex.split(command.replace("\\\n", " "))
     for page in sorted(DOCS.glob("*.md"))
     for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    for command in re.findall(r"(?:[^\n\\]|\\\n)+", block)
+    for command in re.findall(r"""(?:'[^']*'|"[^"]*"|\\\n|[^\n\\'"])+""", block)  # quoted lines belong together
 ]
 
 
