@@ -128,7 +128,7 @@ def test_the_commands_of_the_evaluation_page_run(tokenizer, tmp_path, monkeypatc
     make_photos(tmp_path / "photos")
     page = (DOCS / "evaluation.md").read_text()
     shown = [command[2:] for command in COMMANDS if command[:2] == ["imageprompt", "evaluate"]]
-    shown = [arguments for arguments in shown if arguments[:2] == ["--task", arguments[1]]]
+    shown = [arguments for arguments in shown if arguments[0] == "--task"]
     assert len(shown) == page.count("imageprompt evaluate --task")
     for arguments in shown:
         assert evaluate_with_a_tiny_model(arguments, tokenizer)["task"] == arguments[1]
@@ -137,11 +137,13 @@ def test_the_commands_of_the_evaluation_page_run(tokenizer, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("arguments", filter(on_shared_data, commands("imageprompt", "evaluate")))
 def test_evaluation_commands_on_shared_data_run(arguments, shared_data, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(DOCS.parent)  # where its recipe is
     (tmp_path / "shared").symlink_to(shared_data.parent)
+    arguments = [*spell_out_recipe(arguments), "--split", "test[:3]"]
+    arguments += ["--constants", "2"] if "--constants" in arguments else []
     (tmp_path / "clone").mkdir()
     monkeypatch.chdir(tmp_path / "clone")
-    arguments = [*spell_out_recipe(arguments), "--split", "test[:3]", "--constants", "2"]
-    assert evaluate_with_a_tiny_model(arguments, tokenizer)["rows"] == 3
+    assert evaluate_with_a_tiny_model(arguments, tokenizer)["rows"] >= 3  # questions of three images may be more
 
 
 def test_the_mixture_of_the_data_page_trains(tokenizer, tmp_path, monkeypatch):
