@@ -142,7 +142,7 @@ def train(captioner: Captioner, rows: Rows, minutes: float, learning_rate: float
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     loader = DataLoader(rows, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=captioner.batch)
     budget, started, wall = 60 * minutes, time.process_time(), time.perf_counter()
-    steps, passes = 0, 0
+    steps = 0
     with tqdm(total=round(budget), unit="s", desc="training") as bar:
         while True:
             for batch in loader:
@@ -166,7 +166,6 @@ def train(captioner: Captioner, rows: Rows, minutes: float, learning_rate: float
                 optimizer.step()
                 optimizer.zero_grad()
                 steps += 1
-            passes += 1
 
 
 @torch.inference_mode()

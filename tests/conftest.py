@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from datasets import Image as DatasetImage
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, set_seed
 
 from imageprompt import compose
+from imageprompt.training.tokenizing import train_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that share cores with other work wait for each other; tiny models gain nothing from them.
@@ -59,32 +57,7 @@ def shared_data() -> Path:
 def tokenizer() -> PreTrainedTokenizerBase:
     """A byte-level BPE of GPT-2's kind with 400 tokens."""
     corpus = ["A photo of a dog!", "Two cats on a red sofa.", "What is it? It is the number seven.", "User: Assistant:"]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return GPT2Tokenizer(tokenizer_object=bpe)
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory, tokenizer) -> tuple[Path, Path]:
-    """(data set folder with eight images and their captions in train and validation, tokenizer folder)."""
-    root = tmp_path_factory.mktemp("data")
-    rows = {"image": [picture(seed) for seed in range(8)], "captions": [["A dog!", "Two cats."]] * 8}
-    data = Dataset.from_dict(rows).cast_column("image", DatasetImage())
-    (root / "data").mkdir()
-    for split in ("train", "validation"):
-        data.to_parquet(root / "data" / f"{split}.parquet")
-    tokenizer.save_pretrained(root / "tokenizer")
-    return root / "data", root / "tokenizer"
+    return train_tokenizer(corpus, vocab_size=400)
 
 
 def tiny_gpt2(**overrides) -> GPT2Config:

@@ -68,9 +68,10 @@ class Rows(TorchDataset):
 
     def _list_pairs(self, dataset: Dataset) -> list[tuple[int, int]] | None:
         """(row, number of the pair) of every pair, if prompts are lists."""
-        if self.texts_per_image > 1 or not _prompts_are_lists(dataset, self.source):
+        column = self.source.text_column
+        if self.texts_per_image > 1 or column is None or not isinstance(dataset.features[column], List):
             return None
-        prompts = self._texts[self.source.text_column]
+        prompts = self._texts[column]
         return [(row, number) for row, texts in enumerate(prompts) for number in range(len(texts or [None]))]
 
     def select(self, indices: Sequence[int]) -> "Rows":
@@ -390,10 +391,6 @@ def check_texts_per_image(number: int) -> int:
     if number < 1:
         raise ValueError(f"`--texts_per_image` is at least 1, got {number}.")
     return number
-
-
-def _prompts_are_lists(dataset: Dataset, source: Source) -> bool:
-    return source.text_column is not None and isinstance(dataset.features[source.text_column], List)
 
 
 def _all_texts(

@@ -18,6 +18,8 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.spice.spice import Spice
 
+from .references import check_references
+
 # What coco-caption's ptbtokenizer.py drops, and nltk's spelling of quotes and brackets.
 _PUNCTUATION = {"''", "'", "``", "`", '"', "(", ")", "[", "]", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
@@ -108,14 +110,7 @@ def _tokenized(
     candidates: Mapping[object, str], references: Mapping[object, Sequence[str]]
 ) -> tuple[dict[object, list[str]], dict[object, list[str]]]:
     """References and candidates as the scorers take them."""
-    if set(candidates) != set(references):
-        different = sorted(map(str, set(candidates) ^ set(references)))
-        raise ValueError(f"Candidates and references are of different images: {len(different)} ids, {different[:3]}…")
-    if not candidates:
-        raise ValueError("There is nothing to score: no candidates.")
-    for image, captions in references.items():
-        if isinstance(captions, str) or not captions:
-            raise ValueError(f"References are lists of at least one caption; image {image!r} has {captions!r}.")
+    check_references(candidates, references, row="image", text="caption")
     return (
         {image: [tokenize_caption(text) for text in references[image]] for image in references},
         {image: [tokenize_caption(candidates[image])] for image in references},

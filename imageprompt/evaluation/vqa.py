@@ -8,6 +8,8 @@ people agree are compared as they are.
 import re
 from collections.abc import Mapping, Sequence
 
+from .references import check_references
+
 PEOPLE = 10
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -57,7 +59,7 @@ def vqa_accuracy(candidates: Mapping[object, str], references: Mapping[object, S
     Raises:
         ValueError: if the questions differ, there are none, or one has not ten answers.
     """
-    _check(candidates, references)
+    check_references(candidates, references, row="row", text="text")
     for question, answers in references.items():
         if len(answers) != PEOPLE:
             raise ValueError(f"VQA's accuracy needs the answers of {PEOPLE} people; {question!r} has {len(answers)}.")
@@ -74,7 +76,7 @@ def exact_match(candidates: Mapping[object, str], references: Mapping[object, Se
     Raises:
         ValueError: if the questions differ, there are none, or one has no accepted answer.
     """
-    _check(candidates, references)
+    check_references(candidates, references, row="row", text="text")
     right = sum(
         plain(candidates[question]) in {plain(answer) for answer in references[question]} for question in references
     )
@@ -92,14 +94,3 @@ def _agreement(candidate: str, answers: Sequence[str]) -> float:
         candidate, answers = normalize_answer(candidate), [normalize_answer(answer) for answer in answers]
     same = [answer == candidate for answer in answers]
     return sum(min((sum(same) - one) / 3, 1) for one in same) / len(same)
-
-
-def _check(candidates: Mapping[object, str], references: Mapping[object, Sequence[str]]) -> None:
-    if set(candidates) != set(references):
-        different = sorted(map(str, set(candidates) ^ set(references)))
-        raise ValueError(f"Candidates and references are of different rows: {len(different)} ids, {different[:3]}…")
-    if not candidates:
-        raise ValueError("There is nothing to score: no candidates.")
-    for row, answers in references.items():
-        if isinstance(answers, str) or not answers:
-            raise ValueError(f"References are lists of at least one text; row {row!r} has {answers!r}.")
