@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from datasets import Image as DatasetImage
 from PIL import Image, ImageDraw
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, set_seed
 
@@ -58,6 +60,19 @@ def tokenizer() -> PreTrainedTokenizerBase:
     """A byte-level BPE of GPT-2's kind with 400 tokens."""
     corpus = ["A photo of a dog!", "Two cats on a red sofa.", "What is it? It is the number seven.", "User: Assistant:"]
     return train_tokenizer(corpus, vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, tokenizer) -> tuple[Path, Path]:
+    """(data set folder with eight images and their captions in train and validation, tokenizer folder)."""
+    root = tmp_path_factory.mktemp("data")
+    rows = {"image": [picture(seed) for seed in range(8)], "captions": [["A dog!", "Two cats."]] * 8}
+    data = Dataset.from_dict(rows).cast_column("image", DatasetImage())
+    (root / "data").mkdir()
+    for split in ("train", "validation"):
+        data.to_parquet(root / "data" / f"{split}.parquet")
+    tokenizer.save_pretrained(root / "tokenizer")
+    return root / "data", root / "tokenizer"
 
 
 def tiny_gpt2(**overrides) -> GPT2Config:
