@@ -1,20 +1,19 @@
 """imageprompt beside what people pick instead, captioning Flickr8k from random weights on the same budget.
 
     python scripts/compare_captioners.py ../shared/data --output docs/results/flickr8k/peers.json
-    python scripts/compare_captioners.py ../shared/data --captioners linear,mlp,mlp+cross_attention,… --seeds 1 \
-        --image-size 128 --split validation --output docs/results/flickr8k/connectors.json
 
-The first trains
+It trains and scores
 
-- ours: imageprompt as in `OURS` below,
+- ours: imageprompt,
 - ved: transformers' `VisionEncoderDecoderModel` with a ViT and a GPT-2 with cross-attention,
 - llava: transformers' `LlavaForConditionalGeneration`, a CLIP-style ViT, all of its tokens through a 2-layer MLP,
 
 each with as many parameters, on the same images, captions, augmentation and tokenizer (a BPE made of the training
 captions), for the same CPU time on one thread. That is wall-clock time on a free core, and other work on the machine
-does not change it. The learning rate follows the time: it rises, and falls to zero when the budget is spent. Whatever
-is chosen is chosen on the validation split; the test split is scored once. The second compares ours with itself, with
-other connectors, in the text or beside it. A result that is in the output file is not computed again.
+does not change it. The learning rate follows the time: it rises, and falls to zero when the budget is spent.
+
+What is in `SETTINGS` was chosen on the validation split, by trying lists of changes (`--changes`); the test split is
+scored once. A result that is in the output file is not computed again.
 """
 
 import json
@@ -49,14 +48,28 @@ from imageprompt.provenance import provenance
 from imageprompt.training.tokenizing import train_tokenizer
 
 TEXT = {"n_layer": 2, "n_embd": 192, "n_head": 4, "n_positions": 160}
-VIT = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024, "patch_size": 8}
-OURS = {"vision": "resnet10t", "model_args": {"stem_width": 16}, "connector": "mlp"}
-TEXTS_PER_IMAGE = 5  # of ours: the peers have no way to share an image
+VIT = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}
 VOCABULARY = 4096
-# Of 3e-4, 1e-3 and 2e-3, the best of each on the validation split (docs/results/flickr8k/pilot.json).
-LEARNING_RATES = {"ours": 1e-3, "ved": 3e-4, "llava": 3e-4}
-BATCH_SIZE, WARMUP, WEIGHT_DECAY, CLIP = 64, 0.05, 0.05, 1.0
+WARMUP, WEIGHT_DECAY, CLIP = 0.05, 0.05, 1.0
 DECODING = {"num_beams": 3, "max_new_tokens": 30}
+
+# What changes may change: of all captioners, then of each.
+COMMON: dict[str, Any] = {"image_size": 64, "batch_size": 64, "augment": {}, "text": {}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ours": {
+        "learning_rate": 1e-3,
+        "texts_per_image": 1,
+        "vision": "resnet10t",
+        "model_args": {"stem_width": 16},
+        "feature_layer": None,
+        "connector": "mlp",
+        "num_image_tokens": None,
+        "fusion": "prefix",
+    },
+    "ved": {"learning_rate": 1e-3, "patch_size": 8},
+    "llava": {"learning_rate": 1e-3, "patch_size": 8},
+}
+_FOR_COMPOSE = ("vision", "model_args", "feature_layer", "connector", "num_image_tokens", "fusion")
 
 
 @dataclass
@@ -95,32 +108,31 @@ class EncoderDecoder(Captioner):
         return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
-def build(name: str, tokenizer: PreTrainedTokenizerBase, image_size: int) -> Captioner:
+def build(name: str, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Captioner:
     """One of the captioners, from random weights. All share tokenizer and preprocessing."""
-    settings = dict(OURS)
-    if name not in ("ours", "ved", "llava"):
-        connector, *fusion = name.split("+")
-        settings |= {"connector": connector, "fusion": fusion[0] if fusion else "prefix"}
+    ours = settings if name == "ours" else SETTINGS["ours"]  # for its processor
+    image_size = settings["image_size"]
+    text = GPT2Config(**TEXT | settings["text"], vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None)
     model, processor = compose(
-        **settings,
-        text=GPT2Config(**TEXT, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None),
+        **{key: ours[key] for key in _FOR_COMPOSE},
+        text=text,
         tokenizer=tokenizer,
         pretrained=False,
         preprocessing={"input_size": (3, image_size, image_size), "crop_pct": 1.0},
     )
-    if name not in ("ved", "llava"):
+    if name == "ours":
         return Captioner(model, processor)
     special = {f"{kind}_token_id": processor.tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
-    text = GPT2Config(**TEXT, vocab_size=model.config.vocab_size, **special)
+    text = GPT2Config(**TEXT | settings["text"], vocab_size=model.config.vocab_size, **special)
+    vit = VIT | {"patch_size": settings["patch_size"], "image_size": image_size}
     if name == "ved":
-        vision = ViTConfig(image_size=image_size, **VIT)
-        config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
+        config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**vit), text)
         config.decoder_start_token_id, config.pad_token_id = special["bos_token_id"], special["pad_token_id"]
         return EncoderDecoder(VisionEncoderDecoderModel(config), processor)
-    patches = (image_size // VIT["patch_size"]) ** 2
+    patches = (image_size // settings["patch_size"]) ** 2
     text.tie_word_embeddings = False
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=image_size, **VIT),
+        vision_config=CLIPVisionConfig(**vit),
         text_config=text,
         image_token_index=processor.image_token_id,
         image_seq_length=patches,
@@ -133,14 +145,14 @@ def build(name: str, tokenizer: PreTrainedTokenizerBase, image_size: int) -> Cap
     return Captioner(peer, ImagePromptProcessor(processor.image_processor, processor.tokenizer, patches))
 
 
-def train(captioner: Captioner, rows: Rows, minutes: float, learning_rate: float) -> dict[str, float]:
+def train(captioner: Captioner, rows: Rows, minutes: float, settings: dict[str, Any]) -> dict[str, float]:
     """Train until the CPU time is spent; data loading counts."""
     model = captioner.model.train().to(memory_format=torch.channels_last)
     decays = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decays, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-    loader = DataLoader(rows, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=captioner.batch)
+    optimizer = torch.optim.AdamW(groups, lr=settings["learning_rate"], fused=True)
+    loader = DataLoader(rows, settings["batch_size"], shuffle=True, drop_last=True, collate_fn=captioner.batch)
     budget, started, wall = 60 * minutes, time.process_time(), time.perf_counter()
     steps = 0
     with tqdm(total=round(budget), unit="s", desc="training") as bar:
@@ -158,7 +170,7 @@ def train(captioner: Captioner, rows: Rows, minutes: float, learning_rate: float
                 share = spent / budget
                 factor = share / WARMUP if share < WARMUP else (1 + math.cos(math.pi * share)) / 2
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * factor
+                    group["lr"] = settings["learning_rate"] * factor
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = model(**batch).loss
                 loss.backward()
@@ -169,45 +181,55 @@ def train(captioner: Captioner, rows: Rows, minutes: float, learning_rate: float
 
 
 @torch.inference_mode()
-def caption(captioner: Captioner, rows: Rows) -> list[str]:
-    """Captions of all rows, in order."""
+def test(captioner: Captioner, rows: Rows) -> dict[str, Any]:
+    """Scores of the captions of all rows, and the loss of each row's first caption (mean over tokens, in nats)."""
     captioner.model.eval()
     captions: list[str] = []
+    nats, tokens = 0.0, 0
     for start in tqdm(range(0, len(rows), 50), desc="captioning"):
-        images = [rows[index]["image"] for index in range(start, min(start + 50, len(rows)))]
-        captions += [text.strip() for text in captioner.generate(images)]
-    return captions
-
-
-def run(name: str, data: Path, split: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train one captioner and score its captions of a split."""
-    set_seed(settings["seed"])
-    source = Source(str(data / "flickr8k"), suffix_column="captions")
-    together = 1 if name in ("ved", "llava") else TEXTS_PER_IMAGE
-    augment = augmentation((settings["image_size"],) * 2)
-    training = read_rows(source, "train", augment=augment, texts_per_image=together)
-    captions = [caption for index in range(len(training)) for caption in training.texts(index)[1]]
-    captioner = build(name, train_tokenizer(captions, VOCABULARY), settings["image_size"])
-    spent = train(captioner, training, settings["minutes"], settings["learning_rate"])
-    rows = read_rows(source, split, draw=False)
-    captions = caption(captioner, rows)
+        part = [rows[index] for index in range(start, min(start + 50, len(rows)))]
+        captions += [text.strip() for text in captioner.generate([row["image"] for row in part])]
+        first = [row | {"suffix": rows.texts(start + number)[1][0]} for number, row in enumerate(part)]
+        batch = captioner.batch(first)
+        count = int((batch["labels"] != -100).sum())
+        nats += float(captioner.model(**batch).loss) * count
+        tokens += count
     references = {index: rows.texts(index)[1] for index in range(len(rows))}
     return {
         "scores": caption_scores(dict(enumerate(captions)), references),
+        "loss": nats / tokens,
         "distinct_captions": len(set(captions)),
-        "parameters": sum(p.numel() for p in captioner.model.parameters()),
-        **spent,
     }
+
+
+def run(plan: dict[str, Any], data: Path) -> dict[str, Any]:
+    """Train one captioner as planned and test it on a split.
+
+    Raises:
+        ValueError: if there is nothing of a change's name to change.
+    """
+    settings = COMMON | SETTINGS[plan["captioner"]]
+    if unknown := sorted(plan["changes"].keys() - settings.keys()):
+        raise ValueError(f"{plan['captioner']} has no {', '.join(unknown)} to change; it has {', '.join(settings)}.")
+    settings |= plan["changes"]
+    set_seed(plan["seed"])
+    source = Source(str(data / "flickr8k"), suffix_column="captions")
+    augment = augmentation((settings["image_size"],) * 2, settings["augment"])
+    training = read_rows(source, "train", augment=augment, texts_per_image=settings.get("texts_per_image", 1))
+    captions = [caption for index in range(len(training)) for caption in training.texts(index)[1]]
+    captioner = build(plan["captioner"], settings, train_tokenizer(captions, VOCABULARY))
+    spent = train(captioner, training, plan["minutes"], settings)
+    found = test(captioner, read_rows(source, plan["split"], draw=False))
+    return found | {"parameters": sum(p.numel() for p in captioner.model.parameters())} | spent
 
 
 def main(
     data: Annotated[Path, typer.Argument(help="Folder that holds flickr8k.")],
     output: Annotated[Path, typer.Option(help="JSON file; what is in it is not computed again.")],
-    minutes: Annotated[float, typer.Option(help="CPU time for training each model.")] = 20,
+    minutes: Annotated[float, typer.Option(help="CPU time for training each model.")] = 8,
     seeds: Annotated[int, typer.Option(help="Runs of each model, with the seeds 0, 1, …")] = 3,
     captioners: Annotated[str, typer.Option(help="Which, with commas between.")] = "ours,ved,llava",
-    learning_rates: Annotated[str | None, typer.Option(help="Try these instead, with commas between.")] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 64,
+    changes: Annotated[Path | None, typer.Option(help="JSON list of changes of `SETTINGS`, each tried alone.")] = None,
     split: Annotated[str, typer.Option(help="Split to score: validation to choose by, test at the end.")] = "test",
 ) -> None:
     """Train, score, and write the results, one by one."""
@@ -215,22 +237,16 @@ def main(
     result = json.loads(output.read_text()) if output.exists() else {"runs": []}
     for seed in range(seeds):
         for name in captioners.split(","):
-            rates = (
-                map(float, learning_rates.split(","))
-                if learning_rates
-                else [LEARNING_RATES.get(name, LEARNING_RATES["ours"])]
-            )
-            for rate in rates:
-                settings = {"captioner": name, "seed": seed, "minutes": minutes, "learning_rate": rate}
-                settings |= {"image_size": image_size, "split": split}
-                if any(settings == {key: entry[key] for key in settings} for entry in result["runs"]):
+            for change in json.loads(changes.read_text()) if changes else [{}]:
+                plan = {"captioner": name, "changes": change, "seed": seed, "minutes": minutes, "split": split}
+                if any(plan == {key: entry[key] for key in plan} for entry in result["runs"]):
                     continue
-                found = run(name, data, split, settings)
-                result["runs"].append(settings | found)
-                result |= {"decoding": DECODING, "batch_size": BATCH_SIZE, **provenance()}
+                found = run(plan, data)
+                result["runs"].append(plan | found)
+                result |= {"decoding": DECODING, "settings": SETTINGS, **provenance()}
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.write_text(json.dumps(result, indent=2) + "\n")
-                print(json.dumps(settings | found["scores"] | {"steps": found["steps"]}))
+                print(json.dumps(plan | found["scores"] | {"loss": found["loss"], "steps": found["steps"]}))
 
 
 if __name__ == "__main__":
