@@ -223,6 +223,29 @@ def run(plan: dict[str, Any], data: Path) -> dict[str, Any]:
     return found | {"parameters": sum(p.numel() for p in captioner.model.parameters())} | spent
 
 
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each captioner as it was changed, with means over seeds, and the lowest and highest."""
+
+    def figures(values: list[float], form: str) -> str:
+        spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+        return f"{sum(values) / len(values):{form}}{spread}"
+
+    rows = {}
+    for entry in runs:
+        changes = ", ".join(f"{key}: {json.dumps(value)}" for key, value in entry["changes"].items())
+        rows.setdefault(f"{entry['captioner']}{changes and f' `{changes}`'}", []).append(entry)
+    lines = [
+        "| captioner | million parameters | passes | loss | BLEU-4 | CIDEr |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, entries in rows.items():
+        cells = [f"{entries[0]['parameters'] / 1e6:.1f}", figures([entry["passes"] for entry in entries], ".1f")]
+        cells.append(figures([entry["loss"] for entry in entries], ".3f"))
+        cells += [figures([entry["scores"][score] for entry in entries], ".3f") for score in ("BLEU-4", "CIDEr")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(
     data: Annotated[Path, typer.Argument(help="Folder that holds flickr8k.")],
     output: Annotated[Path, typer.Option(help="JSON file; what is in it is not computed again.")],
@@ -232,7 +255,7 @@ def main(
     changes: Annotated[Path | None, typer.Option(help="JSON list of changes of `SETTINGS`, each tried alone.")] = None,
     split: Annotated[str, typer.Option(help="Split to score: validation to choose by, test at the end.")] = "test",
 ) -> None:
-    """Train, score, and write the results, one by one."""
+    """Train, score, and write the results, one by one; then print them all."""
     torch.set_num_threads(1)
     result = json.loads(output.read_text()) if output.exists() else {"runs": []}
     for seed in range(seeds):
@@ -246,7 +269,7 @@ def main(
                 result |= {"decoding": DECODING, "settings": SETTINGS, **provenance()}
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.write_text(json.dumps(result, indent=2) + "\n")
-                print(json.dumps(plan | found["scores"] | {"loss": found["loss"], "steps": found["steps"]}))
+    print(table(result["runs"]))
 
 
 if __name__ == "__main__":

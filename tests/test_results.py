@@ -1,9 +1,14 @@
 """The figures of docs/results.md are those of the committed files, and recipes ask in the test as in training."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from conftest import picture
+from datasets import Dataset, Image
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PAGE = (RESULTS.parent / "results.md").read_text()
@@ -37,3 +42,82 @@ def test_recipes_ask_in_the_test_as_in_training(task):
     assert read(task, "scores")["settings"]["model"] == evaluate["model"]
     for action in ("train", "evaluate"):
         assert f"imageprompt {action} docs/results/{task}/{action}.json\n" in PAGE
+
+
+@pytest.fixture(scope="module")
+def comparison() -> dict:
+    """What scripts/compare_captioners.py defines."""
+    return runpy.run_path(str(RESULTS.parents[1] / "scripts" / "compare_captioners.py"))
+
+
+@pytest.mark.parametrize("name", ["peers", "pilot", "choices"])
+def test_tables_of_captioners_are_what_was_measured(name, comparison):
+    runs = read("flickr8k", name)["runs"]
+    assert comparison["table"](runs) in PAGE
+    (minutes,) = {run["minutes"] for run in runs}
+    assert all(60 * minutes <= run["cpu_seconds"] < 60 * minutes + 10 for run in runs)
+    (split,) = {run["split"] for run in runs}
+    assert split == ("test" if name == "peers" else "validation")
+
+
+def test_ours_is_ahead_of_both_peers_by_more_than_seeds_differ():
+    scores = {
+        name: [run["scores"] for run in read("flickr8k", "peers")["runs"] if run["captioner"] == name]
+        for name in ("ours", "ved", "llava")
+    }
+    for score in ("BLEU-4", "CIDEr"):
+        ours, *others = ([entry[score] for entry in entries] for entries in scores.values())
+        assert len(ours) == 3
+        assert all(len(other) == 3 and min(ours) > max(other) for other in others)
+
+
+def test_peers_were_trained_as_was_chosen(comparison):
+    assert read("flickr8k", "peers")["settings"] == comparison["SETTINGS"]
+
+
+def test_the_comparison_runs_and_goes_on_where_it_stopped(comparison, tokenizer, tmp_path, monkeypatch):
+    photos = [picture(seed) for seed in range(8)]
+    data = Dataset.from_dict({"image": photos, "captions": [["A dog!", "Two cats on a red sofa."]] * 8})
+    (tmp_path / "flickr8k").mkdir()
+    for split in ("train", "validation"):
+        data.cast_column("image", Image()).to_parquet(tmp_path / "flickr8k" / f"{split}.parquet")
+    changes, output = tmp_path / "changes.json", tmp_path / "found.json"
+    changes.write_text('[{"batch_size": 4}]')
+    small = {"minutes": 0.01, "seeds": 1, "split": "validation"}
+    comparison["main"](tmp_path, output, captioners="ours,ved,llava", changes=changes, **small)
+    found = json.loads(output.read_text())
+    assert len(found["runs"]) == 3
+    assert all(0 < run["loss"] < 100 and 1 <= run["distinct_captions"] <= 8 for run in found["runs"])
+    assert found.keys() == read("flickr8k", "peers").keys()
+    assert found["runs"][0].keys() == read("flickr8k", "peers")["runs"][0].keys()
+
+    monkeypatch.setitem(comparison["main"].__globals__, "run", lambda *_: pytest.fail("run again"))
+    comparison["main"](tmp_path, output, captioners="ours,ved,llava", changes=changes, **small)
+    monkeypatch.undo()
+    changes.write_text('[{"patch_size": 16}]')
+    with pytest.raises(ValueError, match="ours has no patch_size to change; it has image_size, batch_size"):
+        comparison["main"](tmp_path, output, captioners="ours", changes=changes, **small)
+
+
+def test_peers_have_the_loss_and_the_captions_of_the_library(comparison, tokenizer):
+    """The inputs that the peers get say what the library's own classes want."""
+    settings = comparison["COMMON"] | comparison["SETTINGS"]["llava"]
+    rows = [
+        {"image": picture(0), "text": "", "suffix": "A dog!"},
+        {"image": picture(1), "text": "", "suffix": "Two cats."},
+    ]
+    for name in ("ved", "llava"):
+        captioner = comparison["build"](name, settings, tokenizer)
+        model = captioner.model.eval()
+        batch = captioner.batch(rows)
+        with torch.no_grad():
+            logits = model(**batch).logits
+        labels = batch["labels"]
+        if name == "llava":  # whose logits are of the next token
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        assert model(**batch).loss.item() == pytest.approx(expected.item(), abs=1e-5)
+        supervised = [[token for token in row if token != -100] for row in labels.tolist()]
+        assert supervised == [[*tokenizer(row["suffix"])["input_ids"], tokenizer.eos_token_id] for row in rows]
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight or name == "ved"
+        assert len(captioner.generate([row["image"] for row in rows])) == 2

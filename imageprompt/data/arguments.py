@@ -65,7 +65,8 @@ def training_data(
         augment = augmentation(image_size, json_object("--augment_args", source.augment_args))
         read = stream_rows if streams else read_rows
         augment = augment if source.augment else None
-        rows = read(source, source.train_split, augment=augment, texts_per_image=source.texts_per_image, **broken)
+        more = broken if streams else broken | {"seed": seed}
+        rows = read(source, source.train_split, augment=augment, texts_per_image=source.texts_per_image, **more)
         training[name] = rows.shuffle(seed=seed, buffer_size=args.shuffle_buffer) if streams else rows
     evaluation = {
         name: read_rows(replace(source, streaming=False), source.eval_split, draw=False, **broken)
@@ -76,7 +77,7 @@ def training_data(
         return training["data"], evaluation.get("data")
     given = [weight for _, weight in sources.values()]
     weights = None if None in given else given
-    mixture = StreamMixture(training, weights, seed) if streams else Mixture(training, weights)
+    mixture = (StreamMixture if streams else Mixture)(training, weights, seed)
     return mixture, evaluation or None
 
 

@@ -7,12 +7,14 @@ named, counted and left out, until there are too many of them.
 import copy
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset, List
 from torch.utils.data import Dataset as TorchDataset
@@ -31,6 +33,40 @@ class BrokenRow(ValueError):
     """A row that cannot be used: its image cannot be read, or a text is missing."""
 
 
+class Draws:
+    """What is random about rows.
+
+    It is another at every reading, until an epoch is set: then it depends on the seed, the epoch and the row alone, so
+    that it is the same in any data loading process, and in a resumed run.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._epoch = torch.full((), -1).share_memory_()  # data loading processes that live on see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    @contextmanager
+    def of(self, index: int) -> Iterator[None]:
+        """Draw, within this context, for a row."""
+        if self._epoch < 0:
+            yield
+            return
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # augmentation uses all of them
+        digest = hashlib.sha256(repr((self.seed, int(self._epoch), index)).encode()).digest()
+        seed = int.from_bytes(digest[:4], "little")
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+
 class Rows(TorchDataset):
     """The rows of a data set that is not a stream.
 
@@ -45,6 +81,7 @@ class Rows(TorchDataset):
         texts_per_image: if more than one, draw so many of a row's texts, or all that it has: `text` and `suffix` are
             lists then, and the model encodes the image once for all of them.
         max_broken: so many broken rows are left out in training; one more stops it.
+        seed: of what is drawn once an epoch is set; see [`Draws`].
     """
 
     def __init__(
@@ -56,6 +93,7 @@ class Rows(TorchDataset):
         draw: bool = True,
         texts_per_image: int = 1,
         max_broken: int = 100,
+        seed: int = 0,
     ):
         self.source, self.augment, self.draw, self.max_broken = source, augment, draw, max_broken
         self.texts_per_image = check_texts_per_image(texts_per_image)
@@ -65,6 +103,11 @@ class Rows(TorchDataset):
         self._pairs = self._list_pairs(dataset)
         # A byte per row, in memory that data loading processes share: a row counts once, however often it is read.
         self._broken = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
+        self._draws = Draws(seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on, draw as in this epoch."""
+        self._draws.set_epoch(epoch)
 
     def _list_pairs(self, dataset: Dataset) -> list[tuple[int, int]] | None:
         """(row, number of the pair) of every pair, if prompts are lists."""
@@ -93,11 +136,12 @@ class Rows(TorchDataset):
         Raises:
             BrokenRow: naming it, if its image cannot be read or a text is missing.
         """
-        if self.texts_per_image > 1:
-            return self._several_texts(index) | self._read_images(index)
-        text, suffixes = self.texts(index)
-        row = {"text": text, "suffix": random.choice(suffixes) if self.draw else suffixes[0]}
-        return row | self._read_images(index)
+        with self._draws.of(index):
+            if self.texts_per_image > 1:
+                return _draw(self.all_texts(index), self.texts_per_image) | self._read_images(index)
+            text, suffixes = self.texts(index)
+            row = {"text": text, "suffix": random.choice(suffixes) if self.draw else suffixes[0]}
+            return row | self._read_images(index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows of a batch, without the broken ones; if all are broken, the next readable row."""
@@ -130,14 +174,27 @@ class Rows(TorchDataset):
         Raises:
             BrokenRow: if one is missing.
         """
-        row, number = self._locate(index)
         with _naming(lambda: self.name(index)):
-            (texts,) = _all_texts(self._texts[row], self.source, self.class_names, number)
+            (texts,) = self.all_texts(index)
         return texts
 
-    def _several_texts(self, index: int) -> dict[str, list[str]]:
+    def all_texts(self, index: int) -> list[tuple[str, list[str]]]:
+        """Every prompt of a row with its suffixes: more than one only where several texts of an image come together.
+
+        Raises:
+            BrokenRow: if one is missing.
+        """
+        row, number = self._locate(index)
         with _naming(lambda: self.name(index)):
-            return _draw(_all_texts(self._texts[index], self.source, self.class_names), self.texts_per_image)
+            return _all_texts(self._texts[row], self.source, self.class_names, number)
+
+    def count_images(self, index: int) -> int:
+        """How many images a row has."""
+        if self._images is None:
+            return 0
+        if not isinstance(self._images.features[self.source.image_column], List):
+            return 1
+        return len(self._images[self._locate(index)[0]][self.source.image_column])
 
     def _read_images(self, index: int) -> dict[str, Any]:
         if self._images is None:
@@ -150,10 +207,9 @@ class Rows(TorchDataset):
         """Characters of prompt and longest suffix of every row, for batches of rows of like length."""
         lengths = []
         for index in range(len(self)):
-            row, number = self._locate(index)
             try:
-                texts = _all_texts(self._texts[row], self.source, self.class_names, number)
-            except ValueError:
+                texts = self.all_texts(index)
+            except BrokenRow:
                 texts = [("", [""])]
             lengths.append(max(len(text) + len(suffix) for text, suffixes in texts for suffix in suffixes))
         return lengths
@@ -192,12 +248,13 @@ class Mixture(TorchDataset):
     Args:
         parts: the sources' rows, by name.
         weights: the share of each, in any unit; by default each row counts the same.
+        seed: of what is drawn once an epoch is set; see [`Draws`].
 
     Raises:
         ValueError: if there is nothing to mix, or a weight is not positive.
     """
 
-    def __init__(self, parts: dict[str, Rows], weights: Sequence[float] | None = None):
+    def __init__(self, parts: dict[str, Rows], weights: Sequence[float] | None = None, seed: int = 0):
         if not parts:
             raise ValueError("A mixture needs at least one source.")
         self.parts = parts
@@ -205,6 +262,11 @@ class Mixture(TorchDataset):
         shares = check_weights(weights, list(parts)) or sizes
         self.counts = [max(1, round(sum(sizes) * share / sum(shares))) for share in shares]
         self._ends = list(accumulate(self.counts))
+        self._draws = Draws(seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on, draw as in this epoch, for each place: a row that comes twice in a pass is drawn for twice."""
+        self._draws.set_epoch(epoch)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -219,13 +281,18 @@ class Mixture(TorchDataset):
         raise IndexError(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        rows, place = self._locate(index)
-        return rows[place]
+        with self._draws.of(index):
+            rows, place = self._locate(index)
+            return rows[place]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows of a batch, without the broken ones."""
-        read = [rows._unless_broken(place) for rows, place in map(self._locate, indices)]
-        batch = [row for row in read if row is not None]
+        batch = []
+        for index in indices:
+            with self._draws.of(index):
+                rows, place = self._locate(index)
+                row = rows._unless_broken(place)
+            batch += [] if row is None else [row]
         return batch or self._locate(indices[-1])[0].__getitems__([0])
 
     @property
@@ -250,6 +317,7 @@ def read_rows(
     draw: bool = True,
     texts_per_image: int = 1,
     max_broken: int = 100,
+    seed: int = 0,
 ) -> Rows:
     """The rows of one split of a source; see [`Rows`] for the arguments.
 
@@ -258,8 +326,15 @@ def read_rows(
     """
     if source.streaming:
         raise ValueError("A stream can only be trained on: leave out `--streaming`.")
-    settings = {"augment": augment, "draw": draw, "texts_per_image": texts_per_image, "max_broken": max_broken}
-    return Rows(load(source, split), source, **settings)
+    return Rows(
+        load(source, split),
+        source,
+        augment=augment,
+        draw=draw,
+        texts_per_image=texts_per_image,
+        max_broken=max_broken,
+        seed=seed,
+    )
 
 
 def stream_rows(
@@ -272,15 +347,17 @@ def stream_rows(
 ) -> IterableDataset:
     """The rows of a stream, as of [`Rows`]; broken ones are left out as they come.
 
-    Every data loading process counts its own broken rows.
+    Every data loading process counts its own broken rows, each once.
+
+    Raises:
+        ValueError: as [`load`] does, or if no row can be read.
     """
     dataset = load(source, split)
     class_names = _class_names(dataset, source)
     check_texts_per_image(texts_per_image)
-    broken = 0
+    broken = set()
 
     def to_rows(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        nonlocal broken
         values = {column: entries[0] for column, entries in batch.items()}
         name = f"Row {indices[0]} of {source.dataset}"
         rows = []
@@ -293,13 +370,17 @@ def stream_rows(
                 else:
                     rows += [{"text": text, "suffix": random.choice(suffixes), **images} for text, suffixes in texts]
         except BrokenRow as error:
-            broken += 1
-            stop_if_too_many(broken, max_broken, None, error)
+            if name not in broken:
+                broken.add(name)
+                stop_if_too_many(len(broken), max_broken, None, error)
         return {key: [row[key] for row in rows] for key in (rows[0] if rows else ("text", "suffix"))}
 
-    return dataset.map(
+    rows = dataset.map(
         to_rows, with_indices=True, batched=True, batch_size=1, remove_columns=list(dataset.features), features=None
     )
+    if next(iter(rows), None) is None:
+        raise ValueError(f"The split {split!r} of {source.dataset} has no row that could be read.")
+    return rows
 
 
 class StreamMixture(TorchIterableDataset):
@@ -312,11 +393,17 @@ class StreamMixture(TorchIterableDataset):
     """
 
     def __init__(self, parts: dict[str, IterableDataset], weights: Sequence[float] | None = None, seed: int = 0):
-        self.parts, self.seed = parts, seed
+        self.parts, self.seed, self.epoch = parts, seed, 0
         self.weights = check_weights(weights, list(parts)) or [1.0] * len(parts)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Draw in another order, and let the streams shuffle anew."""
+        self.epoch = epoch
+        for stream in self.parts.values():
+            stream.set_epoch(epoch)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        draws = random.Random(self.seed)
+        draws = random.Random(f"{self.seed} {self.epoch}")
         streams = list(self.parts.values())
         iterators = [iter(stream) for stream in streams]
         weights, going = list(self.weights), set(range(len(streams)))
@@ -437,7 +524,9 @@ def _texts(own: Any, suffixes: Any, source: Source, class_names: list[str] | Non
 
 
 def _word(value: Any, source: Source, class_names: list[str] | None) -> str:
-    if isinstance(value, int) and class_names is not None:
+    # Tables write the numbers of classes as texts, and with a class missing some libraries wrote 1.0 for 1.
+    if class_names is not None and value not in class_names and re.fullmatch(r"-?\d+(\.0)?", str(value)):
+        value = int(float(value))
         if not 0 <= value < len(class_names):
             raise ValueError(f"class {value} in {source.suffix_column!r}, but there are {len(class_names)} names.")
         return class_names[value]

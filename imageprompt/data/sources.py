@@ -4,7 +4,9 @@ A [`Source`] names a data set and says which of its columns are what. Its fields
 `imageprompt evaluate`. [`load`] reads it; images stay undecoded, so that one broken file does not stop the rest.
 """
 
+import csv
 import json
+import random
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -14,28 +16,34 @@ from typing import Any
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
     Image,
     IterableDataset,
     IterableDatasetDict,
     List,
     ReadInstruction,
+    Value,
     concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
+from transformers.utils import logging
 
 from ..generating import image_suffixes
 
+logger = logging.get_logger(__name__)
+
 # The builder of `datasets` that reads a file of each kind.
 _BUILDERS = {
-    ".arrow": ("arrow", {}),
-    ".csv": ("csv", {}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".tar": ("webdataset", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".txt": ("text", {}),
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+    ".tsv": "csv",
+    ".txt": "text",
 }
 _TABLES = {".csv", ".json", ".jsonl", ".parquet", ".tsv"}
 
@@ -68,6 +76,9 @@ class Source:
     shuffle_rows: int | None = field(
         default=None, metadata={"help": "Seed to shuffle the rows with before a split such as train[:80%%] is cut."}
     )
+    join_rows: bool = field(
+        default=False, metadata={"help": "Rows that name the same image file become one, with a list of their texts."}
+    )
     streaming: bool = field(default=False, metadata={"help": "Read on while training, without a copy on the disk."})
 
     @property
@@ -93,7 +104,10 @@ def load(source: Source, split: str) -> Dataset | IterableDataset:
     Raises:
         ValueError: if there is no such data, split or column (what is there is named), or the split is empty.
     """
-    splits = _load_splits(source)
+    try:
+        splits = _load_splits(source)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{source.dataset} cannot be read: {error.__cause__ or error}") from error
     dataset = _stream(source, splits, split) if source.streaming else _cut(source, splits, split)
     columns = dataset.column_names
     if columns is None:  # a stream of which the first row is not read yet
@@ -138,29 +152,104 @@ def _load_splits(source: Source) -> Any:
         return annotated
     if path.suffix not in _BUILDERS:
         raise ValueError(f"{path} is of no kind that can be read; those are {', '.join(sorted(_BUILDERS))}.")
-    builder, options = _BUILDERS[path.suffix]
+    builder = _BUILDERS[path.suffix]
+    options = _csv_options(path) if builder == "csv" else {}
     return load_dataset(builder, data_files={"train": str(path)}, streaming=source.streaming, **options)
 
 
+def _csv_options(path: Path) -> dict[str, Any]:
+    """How to read a table as it is written: 007 stays 007, and None a word.
+
+    Raises:
+        ValueError: for a file without rows, or a line that has not as many cells as the first, which names the columns.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        heading = file.readline()
+        separator = "\t" if path.suffix == ".tsv" else max(",;\t", key=heading.count)
+        file.seek(0)
+        rows = csv.reader(file, delimiter=separator)
+        try:
+            columns = next(rows, [])
+            empty = True
+            for row in rows:
+                empty = False
+                if len(row) not in (0, len(columns)):
+                    raise ValueError(
+                        f"{path}, line {rows.line_num}: {len(row)} cells, but {len(columns)} columns "
+                        f"({', '.join(columns)}). Put texts that hold {separator!r} between double quotes."
+                    )
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}, after line {rows.line_num}: {error}. Write the table as UTF-8.") from error
+    if empty:
+        raise ValueError(f"{path} has no rows.")
+    features = Features({column: Value("string") for column in columns})
+    return {"sep": separator, "features": features, "na_filter": False, "encoding": "utf-8-sig"}
+
+
 def _cut(source: Source, splits: DatasetDict, split: str) -> Dataset:
-    if source.shuffle_rows is not None:
-        splits = DatasetDict({name: part.shuffle(seed=source.shuffle_rows) for name, part in splits.items()})
+    """The rows of a split or of parts of some; the rows of an image stay together."""
+    images = {name: _rows_of_images(part, source) for name, part in splits.items()}
+    if source.join_rows:
+        splits = DatasetDict({name: _joined(part, images[name], source) for name, part in splits.items()})
+        images = dict.fromkeys(images)
     try:
-        parts = ReadInstruction.from_spec(split).to_absolute({name: len(part) for name, part in splits.items()})
+        sizes = {name: len(images[name] or part) for name, part in splits.items()}
+        parts = ReadInstruction.from_spec(split).to_absolute(sizes)
     except ValueError as error:
         raise ValueError(
             f"{source.dataset} has no split {split!r}; it has {', '.join(splits)}. A part of one is cut like "
             f'"{next(iter(splits))}[:80%]".'
         ) from error
-    dataset = concatenate_datasets(
-        [splits[part.splitname].select(range(part.from_, max(part.from_, part.to))) for part in parts]
-    )
+    chosen = []
+    for part in parts:
+        numbers = list(range(sizes[part.splitname]))
+        if source.shuffle_rows is not None:
+            random.Random(source.shuffle_rows).shuffle(numbers)
+        numbers = numbers[part.from_ : part.to]
+        if (rows := images[part.splitname]) is not None:
+            numbers = [row for number in numbers for row in rows[number]]
+        chosen.append(splits[part.splitname].select(numbers))
+    dataset = concatenate_datasets(chosen)
     if len(dataset) == 0:
         raise ValueError(f"The split {split!r} of {source.dataset} is empty.")
     return dataset
 
 
+def _rows_of_images(dataset: Dataset, source: Source) -> list[list[int]] | None:
+    """The rows of each image, where several rows of a table name the same file; else None."""
+    if dataset.features.get(source.image_column) not in (Value("string"), Value("large_string")):
+        return None
+    rows = defaultdict(list)
+    for number, file in enumerate(dataset[source.image_column]):
+        rows[file].append(number)
+    if len(rows) == len(dataset):
+        return None
+    if source.text_column is None and not source.join_rows:
+        logger.warning_once(
+            f"{source.dataset} names {len(rows):,} images in {len(dataset):,} rows: `--join_rows` makes one row of "
+            "each, of whose texts training draws one and scoring uses all."
+        )
+    return list(rows.values())
+
+
+def _joined(dataset: Dataset, images: list[list[int]] | None, source: Source) -> Dataset:
+    """One row for each image, with lists of its texts and, where there are some, of its prompts."""
+    if images is None:
+        return dataset
+    columns = list(filter(None, (source.text_column, source.suffix_column)))
+    joined = dataset.select([rows[0] for rows in images]).select_columns([source.image_column])
+    for column in columns:
+        feature, values = dataset.features[column], dataset[column]
+        texts = [[values[row] for row in rows] for rows in images]
+        if isinstance(feature, List) and source.text_column is None:
+            feature, texts = feature.feature, [[text for several in lists for text in several] for lists in texts]
+        joined = joined.add_column(column, texts, feature=List(feature))
+    return joined
+
+
 def _stream(source: Source, splits: IterableDatasetDict, split: str) -> IterableDataset:
+    if source.join_rows:
+        raise ValueError("The rows of a stream cannot be joined, as they come one by one: leave out `--join_rows`.")
     if source.shuffle_rows is not None:
         raise ValueError("A stream has no end from which it could be shuffled: leave out `--shuffle_rows`.")
     if isinstance(splits, DatasetDict):

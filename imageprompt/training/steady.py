@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.training_args import ParallelMode
 
@@ -76,6 +76,7 @@ class SteadyTrainer(Trainer):
 
     def __init__(self, model=None, args=None, *others, **kwargs):
         super().__init__(model, args, *others, **kwargs)
+        self.add_callback(EpochOfRows())
         if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStopping(self.args.early_stopping_patience))
 
@@ -167,6 +168,14 @@ class SteadyTrainer(Trainer):
         tied = self.plain_model.all_tied_weights_keys
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
+
+
+class EpochOfRows(TrainerCallback):
+    """Rows draw as in their epoch, also where the library forgets to tell them: in the rest of a resumed epoch."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
 class EarlyStopping(EarlyStoppingCallback):

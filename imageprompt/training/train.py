@@ -11,8 +11,10 @@ from pathlib import Path
 from transformers import set_seed
 
 from ..data.arguments import training_data, training_texts
+from ..data.rows import Mixture, Rows
 from .arguments import parse, with_options
 from .building import build_model
+from .lengths import check_lengths
 from .running import TrainingRows, run_training
 from .search import search
 from .stages import check_stages, read_stages, run_stages
@@ -31,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluates = any(run.training.eval_strategy != "no" for run in runs) or options.plan.search is not None
     seed, output_dir = options.training.seed, Path(options.training.output_dir)
     rows = TrainingRows(*training_data(options.data, model.config.image_size, evaluates=evaluates, seed=seed))
+    if isinstance(rows.train, (Rows, Mixture)):  # a stream would have to be read to its end
+        check_lengths(rows.train, processor, options.data.max_length)
     if stages:
         check_stages(stages, model, options.training.resume_from_checkpoint)
         run_stages(stages, model, processor, rows, output_dir)
