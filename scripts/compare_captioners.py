@@ -13,7 +13,7 @@ captions), for the same CPU time on one thread. That is wall-clock time on a fre
 does not change it. The learning rate follows the time: it rises, and falls to zero when the budget is spent.
 
 What is in `SETTINGS` was chosen on the validation split, by trying lists of changes (`--changes`); the test split is
-scored once. A result that is in the output file is not computed again.
+scored once. A result that is in the output file, with the same settings, is not computed again.
 """
 
 import json
@@ -48,13 +48,20 @@ from imageprompt.provenance import provenance
 from imageprompt.training.tokenizing import train_tokenizer
 
 TEXT = {"n_layer": 2, "n_embd": 192, "n_head": 4, "n_positions": 160}
-VIT = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}
 VOCABULARY = 4096
-WARMUP, WEIGHT_DECAY, CLIP = 0.05, 0.05, 1.0
+CLIP = 1.0  # of the gradient's norm
 DECODING = {"num_beams": 3, "max_new_tokens": 30}
 
 # What changes may change: of all captioners, then of each.
-COMMON: dict[str, Any] = {"image_size": 64, "batch_size": 64, "augment": {}, "text": {}}
+COMMON: dict[str, Any] = {
+    "image_size": 64,
+    "batch_size": 64,
+    "warmup": 0.05,
+    "weight_decay": 0.05,
+    "augment": {},
+    "text": {},
+}
+VIT = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours": {
         "learning_rate": 1e-3,
@@ -66,8 +73,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_image_tokens": None,
         "fusion": "prefix",
     },
-    "ved": {"learning_rate": 1e-3, "patch_size": 8},
-    "llava": {"learning_rate": 1e-3, "patch_size": 8},
+    "ved": {"learning_rate": 1e-3, "patch_size": 16, "vit": VIT},
+    "llava": {"learning_rate": 1e-3, "patch_size": 16, "vit": VIT},
 }
 _FOR_COMPOSE = ("vision", "model_args", "feature_layer", "connector", "num_image_tokens", "fusion")
 
@@ -124,7 +131,7 @@ def build(name: str, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBas
         return Captioner(model, processor)
     special = {f"{kind}_token_id": processor.tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
     text = GPT2Config(**TEXT | settings["text"], vocab_size=model.config.vocab_size, **special)
-    vit = VIT | {"patch_size": settings["patch_size"], "image_size": image_size}
+    vit = settings["vit"] | {"patch_size": settings["patch_size"], "image_size": image_size}
     if name == "ved":
         config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**vit), text)
         config.decoder_start_token_id, config.pad_token_id = special["bos_token_id"], special["pad_token_id"]
@@ -150,7 +157,7 @@ def train(captioner: Captioner, rows: Rows, minutes: float, settings: dict[str, 
     model = captioner.model.train().to(memory_format=torch.channels_last)
     decays = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decays, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decays, "weight_decay": settings["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings["learning_rate"], fused=True)
     loader = DataLoader(rows, settings["batch_size"], shuffle=True, drop_last=True, collate_fn=captioner.batch)
     budget, started, wall = 60 * minutes, time.process_time(), time.perf_counter()
@@ -168,7 +175,8 @@ def train(captioner: Captioner, rows: Rows, minutes: float, settings: dict[str, 
                     }
                 bar.update(min(round(spent), bar.total) - bar.n)
                 share = spent / budget
-                factor = share / WARMUP if share < WARMUP else (1 + math.cos(math.pi * share)) / 2
+                warmup = settings["warmup"]
+                factor = share / warmup if share < warmup else (1 + math.cos(math.pi * share)) / 2
                 for group in optimizer.param_groups:
                     group["lr"] = settings["learning_rate"] * factor
                 with torch.autocast("cpu", torch.bfloat16):
@@ -189,8 +197,7 @@ def test(captioner: Captioner, rows: Rows) -> dict[str, Any]:
     for start in tqdm(range(0, len(rows), 50), desc="captioning"):
         part = [rows[index] for index in range(start, min(start + 50, len(rows)))]
         captions += [text.strip() for text in captioner.generate([row["image"] for row in part])]
-        first = [row | {"suffix": rows.texts(start + number)[1][0]} for number, row in enumerate(part)]
-        batch = captioner.batch(first)
+        batch = captioner.batch(part)
         count = int((batch["labels"] != -100).sum())
         nats += float(captioner.model(**batch).loss) * count
         tokens += count
@@ -202,16 +209,21 @@ def test(captioner: Captioner, rows: Rows) -> dict[str, Any]:
     }
 
 
-def run(plan: dict[str, Any], data: Path) -> dict[str, Any]:
-    """Train one captioner as planned and test it on a split.
+def settle(captioner: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a captioner.
 
     Raises:
         ValueError: if there is nothing of a change's name to change.
     """
-    settings = COMMON | SETTINGS[plan["captioner"]]
-    if unknown := sorted(plan["changes"].keys() - settings.keys()):
-        raise ValueError(f"{plan['captioner']} has no {', '.join(unknown)} to change; it has {', '.join(settings)}.")
-    settings |= plan["changes"]
+    settings = COMMON | SETTINGS[captioner]
+    if unknown := sorted(changes.keys() - settings.keys()):
+        raise ValueError(f"{captioner} has no {', '.join(unknown)} to change; it has {', '.join(settings)}.")
+    return settings | changes
+
+
+def run(plan: dict[str, Any], data: Path) -> dict[str, Any]:
+    """Train one captioner as planned and test it on a split."""
+    settings = plan["settings"]
     set_seed(plan["seed"])
     source = Source(str(data / "flickr8k"), suffix_column="captions")
     augment = augmentation((settings["image_size"],) * 2, settings["augment"])
@@ -262,11 +274,12 @@ def main(
         for name in captioners.split(","):
             for change in json.loads(changes.read_text()) if changes else [{}]:
                 plan = {"captioner": name, "changes": change, "seed": seed, "minutes": minutes, "split": split}
+                plan |= {"settings": settle(name, change), "text": TEXT, "decoding": DECODING}
                 if any(plan == {key: entry[key] for key in plan} for entry in result["runs"]):
                     continue
                 found = run(plan, data)
                 result["runs"].append(plan | found)
-                result |= {"decoding": DECODING, "settings": SETTINGS, **provenance()}
+                result |= provenance()
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result["runs"]))
