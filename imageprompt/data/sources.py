@@ -28,6 +28,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowInvalid
 from transformers.utils import logging
 
 from ..generating import image_suffixes
@@ -106,7 +107,7 @@ def load(source: Source, split: str) -> Dataset | IterableDataset:
     """
     try:
         splits = _load_splits(source)
-    except DatasetGenerationError as error:
+    except (ArrowInvalid, DatasetGenerationError) as error:
         raise ValueError(f"{source.dataset} cannot be read: {error.__cause__ or error}") from error
     dataset = _stream(source, splits, split) if source.streaming else _cut(source, splits, split)
     columns = dataset.column_names
@@ -163,14 +164,13 @@ def _csv_options(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: for a file without rows, or a line that has not as many cells as the first, which names the columns.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        heading = file.readline()
-        separator = "\t" if path.suffix == ".tsv" else max(",;\t", key=heading.count)
-        file.seek(0)
-        rows = csv.reader(file, delimiter=separator)
-        try:
-            columns = next(rows, [])
-            empty = True
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            heading = file.readline()
+            separator = "\t" if path.suffix == ".tsv" else max(",;\t", key=heading.count)
+            file.seek(0)
+            rows = csv.reader(file, delimiter=separator)
+            columns, empty = next(rows, []), True
             for row in rows:
                 empty = False
                 if len(row) not in (0, len(columns)):
@@ -178,8 +178,8 @@ def _csv_options(path: Path) -> dict[str, Any]:
                         f"{path}, line {rows.line_num}: {len(row)} cells, but {len(columns)} columns "
                         f"({', '.join(columns)}). Put texts that hold {separator!r} between double quotes."
                     )
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path}, after line {rows.line_num}: {error}. Write the table as UTF-8.") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Write the table as UTF-8.") from error
     if empty:
         raise ValueError(f"{path} has no rows.")
     features = Features({column: Value("string") for column in columns})

@@ -1,13 +1,16 @@
 """Rows: what is drawn, what is left out and named, and what a mixture holds."""
 
+import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import picture
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
+from imageprompt.data.augmenting import augmentation
 from imageprompt.data.rows import BrokenRow, Mixture, Rows, StreamMixture, read_rows, separate, stream_rows
 from imageprompt.data.sources import Source, undecoded
 
@@ -15,9 +18,8 @@ CAPTIONS = [["a dog", "one dog"], ["a cat", "one cat"]]
 
 
 def rows_of(columns, *, features=None, rows=Rows, **settings):
-    options = {
-        name: settings.pop(name) for name in ("draw", "max_broken", "augment", "texts_per_image") if name in settings
-    }
+    names = ("draw", "max_broken", "augment", "texts_per_image", "seed")
+    options = {name: settings.pop(name) for name in names if name in settings}
     dataset = undecoded(Dataset.from_dict(columns, features=features))
     return rows(dataset, Source("the data", **settings), **options)
 
@@ -274,3 +276,72 @@ def test_streams_are_mixed_by_weight_and_shared_by_processes(tmp_path):
 
 def test_counters_are_shared_memory():
     assert numbered("a", 3)._broken.is_shared() and numbered("a", 3)._broken.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_draws_of_an_epoch_depend_on_its_number_and_the_row_alone(photos, mixed):
+    columns = {"image": [photos[0]] * 12, "captions": [list("abcdefghijklmnop")] * 12}
+    settings = {"augment": augmentation((16, 16), {"auto_augment": "rand-m6"}), "suffix_column": "captions"}
+
+    def epochs(numbers, workers, indices=range(12), seed=0):
+        rows = rows_of(columns, seed=seed, **settings)
+        rows = Mixture({"all": rows, "few": rows}, weights=[3, 1], seed=seed) if mixed else rows
+        loader = DataLoader(rows, 4, sampler=list(indices), num_workers=workers, collate_fn=list)
+        random.seed(workers)
+        found = []
+        for number in numbers:
+            rows.set_epoch(number)
+            found += [[(row["suffix"], row["image"].tobytes()) for batch in loader for row in batch]]
+        return found
+
+    first, second = epochs([0, 1], 0)
+    assert first != second and len({suffix for suffix, _ in first}) > 3
+    assert epochs([0, 1], 2) == [first, second]
+    assert epochs([1], 0, indices=range(8, 12)) == [second[8:]]
+    assert epochs([0], 0, seed=1) != [first]
+
+
+def test_what_others_draw_is_not_changed(photos):
+    rows = rows_of({"image": photos[:1], "captions": [["a", "b"]]}, suffix_column="captions")
+    rows.set_epoch(0)
+    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
+    rows[0]
+    assert states[0] == random.getstate() and torch.equal(states[1], torch.get_rng_state())
+    assert states[2] == np.random.get_state()[1].tolist()
+
+
+def test_a_stream_counts_a_broken_row_once_in_all_passes(table, caplog):
+    rows = stream_rows(table, "train", max_broken=2)
+    counts = {len(list(rows)) for _ in range(4)}
+    assert len(counts) == 1 and caplog.text.count("Left out") <= 2
+
+
+def test_a_stream_without_a_readable_row_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("image,caption\nnowhere.png,a dog\n")
+    with pytest.raises(ValueError, match="has no row that could be read"):
+        stream_rows(Source(str(tmp_path / "rows.csv"), suffix_column="caption", streaming=True), "train")
+
+
+def test_a_mixture_of_streams_is_drawn_anew_in_every_epoch(tmp_path):
+    for name in "ab":
+        Dataset.from_dict({"word": [f"{name}{n}" for n in range(20)]}).to_json(tmp_path / f"{name}.jsonl")
+
+    def stream(name):
+        source = Source(str(tmp_path / f"{name}.jsonl"), image_column="none", suffix_column="word", streaming=True)
+        return stream_rows(source, "train").shuffle(seed=0, buffer_size=20)
+
+    mixture = StreamMixture({name: stream(name) for name in "ab"})
+    passes = []
+    for epoch in (0, 1, 0):
+        mixture.set_epoch(epoch)
+        passes.append([row["suffix"] for row in mixture])
+    assert passes[0] == passes[2] != passes[1]
+
+
+def test_a_class_is_a_number_however_it_was_written():
+    names = {"class_names": ["cat", "dog"], "suffix_column": "kind", "image_column": "none"}
+    rows = rows_of({"kind": [0.0, 1.0, None]}, **names)
+    assert [rows.texts(index)[1] for index in range(2)] == [["cat"], ["dog"]]
+    for value in (-1.0, 2.0):
+        with pytest.raises(BrokenRow, match="there are 2 names"):
+            rows_of({"kind": [value]}, **names).texts(0)

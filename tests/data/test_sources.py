@@ -193,3 +193,92 @@ def test_streams_have_the_same_columns_and_no_parts(photos):
         load(source, "train[:50%]")
     with pytest.raises(ValueError, match="has no column 'text'; it has image, caption"):
         load(Source(str(photos), suffix_column="text", streaming=True), "train")
+
+
+def repeated(photos, **settings):
+    """Two captions a row of its own for each of four images."""
+    lines = [f"{number}.png,{caption}" for caption in ("A dog.", "One dog.") for number in range(4)]
+    (photos / "captions.csv").write_text("\n".join(["image,caption", *lines]) + "\n")
+    return {"dataset": str(photos), "suffix_column": "caption"} | settings
+
+
+@pytest.mark.parametrize("join_rows", [False, True])
+@pytest.mark.parametrize("shuffle_rows", [None, 0, 1])
+def test_the_rows_of_an_image_are_never_on_both_sides_of_a_cut(photos, shuffle_rows, join_rows, caplog):
+    source = repeated(photos, shuffle_rows=shuffle_rows, join_rows=join_rows)
+    parts = [rows_of(split=split, **source) for split in ("train[:75%]", "train[75%:]")]
+    files = [{rows.name(index).split("(")[1] for index in range(len(rows))} for rows in parts]
+    assert not files[0] & files[1] and [len(names) for names in files] == [3, 1]
+    assert [len(rows) for rows in parts] == ([3, 1] if join_rows else [6, 2])
+
+
+def test_joined_rows_have_all_texts_of_their_image(photos, caplog):
+    rows = rows_of(**repeated(photos, join_rows=True))
+    assert len(rows) == 4 and rows.texts(3) == ("", ["A dog.", "One dog."])
+    assert rows[3]["image"].convert("RGB").tobytes() == picture(3).tobytes()
+    with pytest.raises(ValueError, match="leave out `--join_rows`"):
+        load(Source(**repeated(photos, join_rows=True, streaming=True)), "train")
+
+
+def test_joined_questions_are_pairs_with_their_answers(photos):
+    lines = [f"{number}.png,What {kind}?,{kind} {number}" for kind in ("colour", "shape") for number in range(2)]
+    (photos / "questions.csv").write_text("\n".join(["image,question,answer", *lines]) + "\n")
+    rows = rows_of(str(photos), text_column="question", suffix_column="answer", join_rows=True)
+    texts = [rows.texts(index) for index in range(len(rows))]
+    assert texts == [(f"What {kind}?", [f" {kind} {n}"]) for n in range(2) for kind in ("colour", "shape")]
+
+
+def test_several_texts_of_classes_and_lists_are_joined(photos):
+    files = ["0.png", "1.png", "0.png"]
+    Dataset.from_dict({"image": files, "captions": [["a", "b"], ["c"], ["d"]]}).to_parquet(photos / "rows.parquet")
+    assert rows_of(str(photos), suffix_column="captions", join_rows=True).texts(0) == ("", ["a", "b", "d"])
+
+
+def test_tables_are_read_as_they_are_written(photos):
+    words = ["007", "None", "True", "1.50", "NA"]
+    (photos / "words.csv").write_text("\n".join(["image;word", *(f"0.png;{word}" for word in words)]))
+    rows = rows_of(str(photos), suffix_column="word")
+    assert [rows.texts(index)[1] for index in range(5)] == [[word] for word in words]
+
+
+@pytest.mark.parametrize("values", [["0", "1", "0"], ["0", "", "1"]])
+def test_numbers_in_tables_are_classes_where_there_are_names(photos, values, caplog):
+    (photos / "classes.csv").write_text(
+        "\n".join(["image,kind", *(f"{n}.png,{value}" for n, value in enumerate(values))])
+    )
+    rows = rows_of(str(photos), suffix_column="kind", class_names=["cat", "dog"])
+    found = [rows.texts(index)[1][0] for index in range(3) if values[index]]
+    assert found == [["cat", "dog"][int(value)] for value in values if value]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "captions.csv has no rows"),
+        ("image,caption\n", "captions.csv has no rows"),
+        (
+            "image,caption\n0.png,A dog.\n1.png,A dog, running.\n",
+            r"line 3: 3 cells, but 2 columns \(image, caption\). Put",
+        ),
+        ("image,caption\n0.png,A dog, running.\n", "line 2: 3 cells"),
+        (
+            "image,caption\n0.png,Un château.\n".encode("latin-1"),
+            r"cannot be read: .*byte 0xe2.*Write the table as UTF-8",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said_with_its_line(photos, content, message):
+    (photos / "captions.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        rows_of(str(photos), suffix_column="caption")
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_name(photos):
+    (photos / "captions.csv").write_text("image,caption\n0.png,A dog.\n", encoding="utf-8-sig")
+    assert rows_of(str(photos), suffix_column="caption").texts(0) == ("", ["A dog."])
+
+
+def test_data_that_cannot_be_read_is_named(photos):
+    (photos / "captions.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"captions.parquet cannot be read: .*[Pp]arquet"):
+        rows_of(str(photos / "captions.parquet"), suffix_column="caption")

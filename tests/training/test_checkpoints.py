@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import max_difference
+from conftest import max_difference, tiny
 from safetensors import SafetensorError
 from trainers import eight_rows, trainer_of
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
+from imageprompt.data.augmenting import augmentation
+from imageprompt.data.rows import read_rows
+from imageprompt.data.sources import Source
 from imageprompt.training.checkpoints import find_checkpoint, list_checkpoints, what_lacks
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
@@ -113,6 +116,26 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tokenizer, tmp_path):
     assert [entry.get("loss") for entry in resumed.state.log_history][:5] == pytest.approx(
         [entry.get("loss") for entry in unbroken.state.log_history][:5], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_draws_what_an_unbroken_one_does(tokenizer, folders, tmp_path, workers):
+    augment = augmentation((32, 32), {"scale": [0.3, 1]})
+    rows = read_rows(Source(str(folders[0]), suffix_column="captions"), "train", augment=augment)
+    model, processor = tiny(tokenizer)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    # Three steps an epoch; the run breaks off within the second.
+    settings = {**SAVES, "max_steps": 7, "per_device_train_batch_size": 3, "dataloader_num_workers": workers}
+    trainer_of(tokenizer, tmp_path, rows, (model, processor), **settings).train()
+    unbroken = {name: value.clone() for name, value in model.state_dict().items()}
+    for step in (5, 6, 7):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    model.load_state_dict(start)
+    resumed = trainer_of(tokenizer, tmp_path, rows, (model, processor), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 7
+    for name, value in unbroken.items():
+        assert torch.equal(value, model.state_dict()[name]), name
 
 
 class WithLengths(list):
