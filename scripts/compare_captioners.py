@@ -55,7 +55,6 @@ DECODING = {"num_beams": 3, "max_new_tokens": 30}
 # What changes may change: of all captioners, then of each.
 COMMON: dict[str, Any] = {
     "image_size": 64,
-    "batch_size": 64,
     "warmup": 0.05,
     "weight_decay": 0.05,
     "augment": {},
@@ -64,7 +63,8 @@ COMMON: dict[str, Any] = {
 VIT = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours": {
-        "learning_rate": 1e-3,
+        "batch_size": 32,
+        "learning_rate": 2e-3,
         "texts_per_image": 1,
         "vision": "resnet10t",
         "model_args": {"stem_width": 16},
@@ -73,8 +73,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_image_tokens": None,
         "fusion": "prefix",
     },
-    "ved": {"learning_rate": 1e-3, "patch_size": 16, "vit": VIT},
-    "llava": {"learning_rate": 1e-3, "patch_size": 16, "vit": VIT},
+    "ved": {"batch_size": 16, "learning_rate": 1e-3, "patch_size": 16, "vit": VIT},
+    "llava": {"batch_size": 16, "learning_rate": 1e-3, "patch_size": 16, "vit": VIT},
 }
 _FOR_COMPOSE = ("vision", "model_args", "feature_layer", "connector", "num_image_tokens", "fusion")
 

@@ -559,7 +559,11 @@ def _file_or_bytes(value: Any, root: Path) -> str | bytes:
         return value
     if not isinstance(value, str) or not value:
         raise ValueError(f"no image, but {value!r:.100}.")
-    return value if "://" in value or value.startswith("data:") else str(root / value)
+    if "://" in value or value.startswith("data:"):
+        return value
+    if not (root / value).exists():
+        raise ValueError(f"there is no file {root / value}.")
+    return str(root / value)
 
 
 def _content(value: Any, root: Path) -> bytes:
