@@ -28,7 +28,7 @@ from ..provenance import provenance
 from .captions import caption_scores, java_caption_scores, tokenize_caption
 from .pictures import save_confusion, save_grid
 from .predictions import Predictions
-from .tasks import Generated, Record, Settings, answer_rows, answered, images_of, make_task
+from .tasks import ByLikelihood, Generated, Record, Settings, answer_rows, answered, images_of, make_task
 
 # What a checkpoint consists of, as far as answers depend on it.
 _MODEL_FILES = {
@@ -145,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data_sha256": rows.fingerprint,
         "versions": provenance()["versions"],
     }
+    if isinstance(task, ByLikelihood):
+        about["candidates_sha256"] = hashlib.sha256(json.dumps(task.candidates).encode()).hexdigest()
     for path in filter(None, (args.output, args.captions, args.picture, args.confusion_picture)):
         path.parent.mkdir(parents=True, exist_ok=True)
     predictions = Predictions(

@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import pytest
-from conftest import picture, tiny
+from conftest import make_photos, picture, tiny
 from datasets import ClassLabel, Dataset, Image, load_dataset
 from transformers import set_seed
 
@@ -114,6 +114,17 @@ def test_answers_of_other_settings_models_and_data_are_not_mixed(evaluate, folde
         evaluate("--model", "other")
     assert evaluate("--num_beams", "2", "--restart")["decoding"]["num_beams"] == 2
     assert evaluate("--num_beams", "2", "--batch_size", "3")["rows"] == 5  # another batch size may go on
+
+
+def test_answers_chosen_among_other_candidates_are_not_mixed(evaluate, tmp_path):
+    make_photos(tmp_path / "photos", 4)
+    ranked = ["--dataset", "photos/classes.csv", "--image_column", "file", "--split", "train", "--task", "rank"]
+    evaluate(*ranked, "--class_names", "square", "circle", column="shape")
+    with pytest.raises(ValueError, match="candidates_sha256"):
+        evaluate(*ranked, "--class_names", "square", "circle", "triangle", column="shape")
+    (tmp_path / "scores.predictions.jsonl").unlink()
+    result = evaluate(*ranked, "--class_names", "square", "circle", "triangle", column="shape")
+    assert result["confusion"]["labels"][:3] == ["square", "circle", "triangle"]
 
 
 @pytest.mark.parametrize("task", ["classify", "rank"])
