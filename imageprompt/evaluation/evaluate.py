@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from pycocoevalcap.cider.cider import Cider
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
+from transformers.utils import logging
 
 from ..configuration import ImagePromptConfig
 from ..data.rows import BrokenRow, Rows, read_rows
@@ -29,6 +30,8 @@ from .captions import caption_scores, java_caption_scores, tokenize_caption
 from .pictures import save_confusion, save_grid
 from .predictions import Predictions
 from .tasks import ByLikelihood, Generated, Record, Settings, answer_rows, answered, images_of, make_task
+
+logger = logging.get_logger(__name__)
 
 # What a checkpoint consists of, as far as answers depend on it.
 _MODEL_FILES = {
@@ -173,6 +176,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         **provenance(),
     }
     if args.task == "caption":
+        if len(records) > 1 and result["distinct_captions"] == 1:
+            caption = records[0]["answer"]
+            logger.warning(
+                f"All {len(records)} captions are equal ({caption!r}): the model does not look at its images yet."
+            )
         answers = {record["row"]: record["answer"] for record in records}
         references = {record["row"]: record["references"] for record in records}
         if args.java_metrics:

@@ -137,6 +137,16 @@ def test_classes_come_with_their_confusions(evaluate, tmp_path, task):
     assert result["decoding"] == expected
 
 
+def test_captions_that_are_all_equal_are_warned_of(evaluate, monkeypatch, caplog):
+    monkeypatch.setattr(tasks, "generate_texts", lambda model, processor, images, *_, **__: ["A dog."] * len(images))
+    evaluate()
+    assert "All 5 captions are equal ('A dog.'): the model does not look at its images yet." in caplog.text
+    caplog.clear()
+    evaluate("--split", "test[:1]", output="one.json")
+    monkeypatch.undo()
+    assert "captions are equal" not in caplog.text
+
+
 def test_each_task_has_its_scores(evaluate):
     assert evaluate("--task", "vqa", output="vqa.json")["scores"].keys() == {"exact_match"}
     result = evaluate("--task", "retrieval", "--normalize", "images", output="retrieval.json")
