@@ -25,6 +25,7 @@ from ..composing import loading
 from ..data.sources import Source
 from ..options import new_gpt2, spell_out_recipe
 from ..provenance import provenance
+from .checkpoints import refuse_earlier_run
 from .steady import SteadyTrainer, SteadyTrainingArguments
 from .text import Blocks, measure, read_documents
 from .tokenizing import train_tokenizer
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse `argv` (the command line by default), train, save, and write the perplexity to `perplexity.json`."""
     options = parse(sys.argv[1:] if argv is None else argv)
     text, args = options.text, options.training
+    refuse_earlier_run(args.output_dir, args.resume_from_checkpoint)
     source = Source(text.dataset, text.subset, image_column="none", suffix_column=text.text_column)
     documents = {split: read_documents(source, split, text.documents) for split in (text.train_split, text.eval_split)}
     set_seed(args.seed)

@@ -61,6 +61,11 @@ def test_it_goes_on_from_a_model_and_resumes(pretrained, text, tmp_path):
     assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 4, 6]
 
 
+def test_an_earlier_run_is_not_trained_over(pretrained, text):
+    with pytest.raises(ValueError, match=r"checkpoint-60 is of an earlier run: .*--resume_from_checkpoint true"):
+        main(options(text, pretrained, "--text_config", TINY, "--new_tokenizer", "300"))
+
+
 def test_it_is_composed_with_a_backbone(pretrained, folders, tmp_path):
     composed = ["--vision", "test_resnet", "--text", str(pretrained), "--pretrained", "text", "--image_size", "32"]
     composed += ["--dataset", str(folders[0]), "--suffix_column", "captions", "--use_cpu", "--max_steps", "1"]

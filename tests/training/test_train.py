@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from imageprompt import ImagePromptForConditionalGeneration
 from imageprompt.training import building
+from imageprompt.training import train as training
 from imageprompt.training.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,14 @@ def test_goes_on_from_a_saved_model_and_resumes_a_run(folders, tmp_path):
     main([*second, "--max_steps", "4"])
     main([*second, "--max_steps", "6", "--resume_from_checkpoint", str(tmp_path / "second" / "checkpoint-4")])
     assert json.loads((tmp_path / "second" / "trainer_state.json").read_text())["global_step"] == 6
+
+
+@pytest.mark.parametrize("more", [[], ["--search", '{"learning_rate": [1e-4]}']], ids=["train", "search"])
+def test_an_earlier_run_is_not_trained_over(folders, tmp_path, monkeypatch, more):
+    main(options(folders, tmp_path / "run"))
+    monkeypatch.setattr(training, "build_model", lambda *_: pytest.fail("built"))
+    with pytest.raises(ValueError, match=r"run/checkpoint-2 is of an earlier run: .*--resume_from_checkpoint true"):
+        main(options(folders, tmp_path / "run", *more))
 
 
 def test_a_frozen_part_of_a_saved_model_stays_frozen(folders, tmp_path):
