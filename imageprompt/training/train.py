@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from ..data.arguments import training_data, training_texts
 from .arguments import parse, with_options
-from .building import build_model
+from .building import build_model, refuse_streams
 from .checkpoints import refuse_earlier_run
 from .running import TrainingRows, run_training
 from .search import search
@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("Pass --stages or --search, not both: search first, and write what came out into the stages.")
     if not stages:  # each has its own folder, looked at below
         refuse_earlier_run(options.training.output_dir, options.training.resume_from_checkpoint)
+    if options.model.new_tokenizer is not None:
+        refuse_streams(options.data)
     set_seed(options.training.seed)
     model, processor = build_model(options.model, training_texts(options.data))
     runs = [stage.options for stage in stages] or [options]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import options
+from commands import TINY_TEXT, options
 from conftest import make_photos, max_difference, picture
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from imageprompt import ImagePromptForConditionalGeneration
+from imageprompt.options import as_words
 from imageprompt.training import building
 from imageprompt.training import train as training
 from imageprompt.training.train import main
@@ -62,6 +63,17 @@ def test_an_earlier_run_is_not_trained_over(folders, tmp_path, monkeypatch, more
     monkeypatch.setattr(training, "build_model", lambda *_: pytest.fail("built"))
     with pytest.raises(ValueError, match=r"run/checkpoint-2 is of an earlier run: .*--resume_from_checkpoint true"):
         main(options(folders, tmp_path / "run", *more))
+
+
+def test_a_new_tokenizer_needs_data_with_an_end(folders, tmp_path):
+    data = {"dataset": str(folders[0]), "suffix_column": "captions", "streaming": True}
+    (tmp_path / "mixture.json").write_text(json.dumps([data]))
+    parts = ["--vision", "test_resnet", "--text_config", TINY_TEXT, "--new_tokenizer", "300", "--pretrained", "false"]
+    parts += ["--max_steps", "2", "--use_cpu", "--output_dir", str(tmp_path / "run")]
+    for streamed in (["--mixture", str(tmp_path / "mixture.json")], as_words(data)):
+        with pytest.raises(ValueError, match=r"--new_tokenizer .* needs data with an end, .* pass --tokenizer"):
+            main([*parts, *streamed])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_frozen_part_of_a_saved_model_stays_frozen(folders, tmp_path):
