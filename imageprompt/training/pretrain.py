@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import (
     AutoModelForCausalLM,
@@ -25,9 +25,10 @@ from ..composing import loading
 from ..data.sources import Source
 from ..options import new_gpt2, spell_out_recipe
 from ..provenance import provenance
+from .arguments import LanguageModelArguments
 from .checkpoints import refuse_earlier_run
 from .steady import SteadyTrainer, SteadyTrainingArguments
-from .text import Blocks, measure, read_documents
+from .text import Blocks, Documents, measure, read_documents
 from .tokenizing import train_tokenizer
 
 
@@ -38,7 +39,7 @@ class TextArguments:
     dataset: str = field(metadata={"help": "Hub name, local folder or file: txt, parquet, csv, json, jsonl, …"})
     subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     text_column: str = field(default="text", metadata={"help": "Texts, or lists of texts; of a txt file, its lines."})
-    documents: Literal["rows", "paragraphs", "whole"] = field(
+    documents: Documents = field(
         default="rows", metadata={"help": "A document ends with each row, with an empty row, or only with the last."}
     )
     train_split: str = field(default="train", metadata={"help": 'Such as train or "train[:90%%]".'})
@@ -46,17 +47,9 @@ class TextArguments:
 
 
 @dataclass
-class LanguageModelArguments:
-    """Which model: one to go on with (`--text`), or a new one (`--text_config`) with a tokenizer."""
+class BlockArguments(LanguageModelArguments):
+    """Which model: one to go on with (`--text`), or a new one (`--text_config`) with a tokenizer; and its rows."""
 
-    text: str | None = field(default=None, metadata={"help": "Hub id or local folder of the model to go on with."})
-    text_config: dict | str | None = field(
-        default=None, metadata={"help": 'A new GPT-2 instead, as JSON: \'{"n_layer": 4, "n_embd": 256, "n_head": 4}\'.'}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or local folder of a new model's tokenizer."})
-    new_tokenizer: int | None = field(
-        default=None, metadata={"help": "Make a new model's tokenizer from the training text, with so many tokens."}
-    )
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens in a row of training; by default all of the model's positions."}
     )
@@ -66,7 +59,7 @@ class Options(NamedTuple):
     """All options of one run."""
 
     text: TextArguments
-    model: LanguageModelArguments
+    model: BlockArguments
     training: SteadyTrainingArguments
 
 
