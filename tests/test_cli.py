@@ -72,7 +72,8 @@ def test_a_mistake_met_by_a_process_that_loads_data_is_one_sentence_too(tokenize
     for part in tiny(tokenizer):
         part.save_pretrained(tmp_path / "model")
     data = ["--dataset", str(photos / "captions.csv"), "--image_column", "file", "--suffix_column", "caption"]
-    data += ["--dataloader_num_workers", "1", "--use_cpu", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "run")]
+    data += ["--dataloader_num_workers", "1", "--use_cpu", "--disable_tqdm", "true"]
+    data += ["--output_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as end:
         main_with("train", "--model", str(tmp_path / "model"), *data, "--max_broken_rows", "1")
     assert end.value.code == 2
