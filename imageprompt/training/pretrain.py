@@ -44,6 +44,15 @@ class TextArguments:
     )
     train_split: str = field(default="train", metadata={"help": 'Such as train or "train[:90%%]".'})
     eval_split: str = field(default="validation", metadata={"help": 'For the perplexity, such as "train[90%%:]".'})
+    shuffle_rows: int | None = field(
+        default=None, metadata={"help": "Seed to shuffle the rows with before a split such as train[:80%%] is cut."}
+    )
+
+    def __post_init__(self):
+        if self.shuffle_rows is not None and self.documents != "rows":
+            raise ValueError(
+                f"`--shuffle_rows` would tear documents apart that have several rows (--documents {self.documents})."
+            )
 
 
 @dataclass
@@ -113,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(sys.argv[1:] if argv is None else argv)
     text, args = options.text, options.training
     refuse_earlier_run(args.output_dir, args.resume_from_checkpoint)
-    source = Source(text.dataset, text.subset, image_column="none", suffix_column=text.text_column)
+    columns = {"image_column": "none", "suffix_column": text.text_column}
+    source = Source(text.dataset, text.subset, **columns, shuffle_rows=text.shuffle_rows)
     documents = {split: read_documents(source, split, text.documents) for split in (text.train_split, text.eval_split)}
     set_seed(args.seed)
     model, tokenizer = build(options.model, documents[text.train_split])
