@@ -27,6 +27,7 @@ from ..options import spell_out_recipe
 from ..processing import ImagePromptProcessor
 from ..provenance import provenance
 from .captions import caption_scores, java_caption_scores, tokenize_caption
+from .learnt import find_learnt_rows
 from .pictures import save_confusion, save_grid
 from .predictions import Predictions
 from .tasks import ByLikelihood, Generated, Record, Settings, answer_rows, answered, images_of, make_task
@@ -129,6 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.picture and not source.has_images:
         raise ValueError("`--picture` shows images, and `--image_column none` says that there are none.")
     folder = _model_folder(args.model)
+    if learnt := find_learnt_rows(folder, source, args.split):
+        logger.warning(
+            f"{args.model} was trained on {learnt}. Rows of {args.split} (shuffle_rows {source.shuffle_rows}) are "
+            "among them: the scores do not say how well it answers for new rows."
+        )
     config = ImagePromptConfig.from_pretrained(folder)
     processor = ImagePromptProcessor.from_pretrained(folder)
     processor.check_model(config)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 from conftest import make_photos, picture, tiny
@@ -145,6 +146,28 @@ def test_captions_that_are_all_equal_are_warned_of(evaluate, monkeypatch, caplog
     evaluate("--split", "test[:1]", output="one.json")
     monkeypatch.undo()
     assert "captions are equal" not in caplog.text
+
+
+def test_rows_that_the_model_has_learnt_are_warned_of(evaluate, folder, tmp_path, monkeypatch, caplog):
+    make_photos(tmp_path / "photos", 10)
+    shutil.copytree(folder / "model", tmp_path / "model")
+    learnt = {"dataset": "photos/captions.csv", "subset": None, "shuffle_rows": 0, "train_split": "train[:8]"}
+    (tmp_path / "model" / "training.json").write_text(json.dumps({"data": [learnt]}))
+    monkeypatch.setattr(tasks, "generate_texts", lambda model, processor, images, *_, **__: ["A dog."] * len(images))
+
+    def warns(split, *more):
+        caplog.clear()
+        source = ["--dataset", str(tmp_path / "photos" / "captions.csv"), "--image_column", "file", *more]
+        evaluate("--model", "model", *source, "--split", split, "--restart", column="caption")
+        return "model was trained on train[:8] of photos/captions.csv (shuffle_rows 0). Rows of" in caplog.text
+
+    assert not warns("train[80%:]", "--shuffle_rows", "0")
+    assert warns("train[70%:]", "--shuffle_rows", "0")
+    assert warns("train[80%:]")  # cut after another shuffling
+    (tmp_path / "photos" / "others.csv").write_text((tmp_path / "photos" / "captions.csv").read_text())
+    assert not warns("train", "--dataset", str(tmp_path / "photos" / "others.csv"))
+    (tmp_path / "model" / "training.json").write_text(json.dumps({"metrics": {}}))  # of an older version
+    assert not warns("train")
 
 
 def test_each_task_has_its_scores(evaluate):

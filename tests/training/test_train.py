@@ -272,6 +272,8 @@ def test_broken_rows_are_left_out_named_and_recorded(folders, tokenizer, tmp_pat
     main([*options(folders, tmp_path / "run"), *data, "--suffix_column", "caption"])
     record = json.loads((tmp_path / "run" / "training.json").read_text())
     assert record["broken_rows"] == [f"Row 3 of {tmp_path}/photos/captions.csv (03.png)"]
+    (source,) = record["data"]
+    assert (source["dataset"], source["shuffle_rows"], source["train_split"]) == (data[1], None, "train")
     assert record["metrics"]["train_loss"] > 0 and "torch" in record["versions"]
     assert "Left out: Row 3 of" in capsys.readouterr().out
     with pytest.raises(ValueError, match="1 broken rows of 6; the last: Row 3 of"):
