@@ -1,5 +1,6 @@
 """The `imageprompt` command. Each subcommand imports what it needs when it runs."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -168,8 +169,16 @@ def main() -> None:
         typer.secho(f'Error: {error}. The command needs: pip install "imageprompt[train]"', fg="red", err=True)
         raise SystemExit(1) from error
     except (FloatingPointError, OSError, StrictDataclassError, ValueError) as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
+        typer.secho(f"Error: {_sentence(error)}", fg="red", err=True)
         raise SystemExit(2) from error
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, without the traceback that PyTorch puts around one from a process that loads data."""
+    text = str(error)
+    if re.match(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", text):
+        text = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", text, flags=re.MULTILINE)[-1]
+    return text.strip()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from conftest import picture, tiny, tiny_gpt2
+from conftest import make_photos, picture, tiny, tiny_gpt2
 from typer.testing import CliRunner
 
 from imageprompt.cli import app, main
@@ -63,6 +63,23 @@ def test_a_mistake_ends_with_its_message(saved, capsys):
         main_with("generate", str(saved / "gpt2"), str(saved / "0.png"))
     assert end.value.code == 2
     assert "'gpt2' checkpoint, not one of imageprompt" in capsys.readouterr().err
+
+
+def test_a_mistake_met_by_a_process_that_loads_data_is_one_sentence_too(tokenizer, tmp_path, capsys):
+    photos = make_photos(tmp_path / "photos", 4)
+    for file in photos.glob("*.png"):
+        file.write_bytes(b"no image")
+    for part in tiny(tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    data = ["--dataset", str(photos / "captions.csv"), "--image_column", "file", "--suffix_column", "caption"]
+    data += ["--dataloader_num_workers", "1", "--use_cpu", "--disable_tqdm", "true"]
+    data += ["--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as end:
+        main_with("train", "--model", str(tmp_path / "model"), *data, "--max_broken_rows", "1")
+    assert end.value.code == 2
+    shown = [line for line in capsys.readouterr().err.splitlines() if "Error" in line]
+    assert len(shown) == 1 and shown[0].startswith("Error: 2 broken rows of 4; the last: Row "), shown
+    assert shown[0].endswith("Mend the data, or raise `--max_broken_rows` (now 1) to go on without them.")
 
 
 @pytest.mark.parametrize("script", ["train", "pretrain", "generate", "evaluate"])

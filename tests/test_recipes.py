@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from conftest import make_photos
+from datasets import ReadInstruction
 from typer.testing import CliRunner
 
 from imageprompt.cli import app
 from imageprompt.evaluation.evaluate import main as evaluate
+from imageprompt.options import spell_out_recipe
 from imageprompt.training.train import main as train
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -62,3 +64,81 @@ def test_a_recipe_goes_from_a_folder_to_a_scored_model(page, tokenizer, tmp_path
     assert {"captioning": "caption", "vqa": "answers", "classification": "best", "few-shot": "answer"}[
         page
     ] in namespace
+
+
+# --- no page scores rows that its model has learnt
+
+Part = tuple[str, str, str]  # data set, seed of shuffling, split
+
+
+def shown_commands() -> list[tuple[str, str, dict[str, str]]]:
+    """(page, what is done, its options) of every command that trains or evaluates, recipes spelled out."""
+    found = []
+    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for command in re.findall(r"""(?:'[^']*'|"[^"]*"|\\\n|[^\n\\'"])+""", block):
+                words = shlex.split(command.replace("\\\n", " "))
+                if words[:2] == ["accelerate", "launch"]:
+                    words = ["imageprompt", "train", *words[words.index("scripts/train.py") + 1 :]]
+                if words[:1] == ["imageprompt"] and words[1] in ("train", "pretrain", "evaluate"):
+                    words[2:] = spell_out_recipe(words[2:])
+                    pairs = zip(words[2:], [*words[3:], ""], strict=True)
+                    options = {option[2:]: value for option, value in pairs if option.startswith("--")}
+                    found.append((page.name, words[1], options))
+    return found
+
+
+def parts(options: dict[str, str], split: str, default: str = "") -> list[Part]:
+    """What a command reads as that split, of one source or of a mixture's."""
+    sources: list[dict] = [options]
+    if "mixture" in options:
+        (shown,) = re.findall(r"^```json\n(.*?)^```", (DOCS / "data.md").read_text(), re.MULTILINE | re.DOTALL)
+        file = Path(options["mixture"])
+        sources = json.loads(file.read_text() if file.exists() else shown)
+    named = [(source["dataset"], str(source.get("shuffle_rows")), source.get(split, default)) for source in sources]
+    return [part for part in named if part[2]]
+
+
+def share_rows(first: Part, second: Part) -> bool:
+    sizes = dict.fromkeys(("train", "validation", "test"), 100)
+    rows = [
+        {
+            (each.splitname, row)
+            for each in ReadInstruction.from_spec(split).to_absolute(sizes)
+            for row in range(100)[each.from_ : each.to]
+        }
+        for _, _, split in (first, second)
+    ]
+    names = [{name for name, _ in of_one} for of_one in rows]
+    shuffled_otherwise = first[1] != second[1] and names[0] & names[1]
+    return first[0] == second[0] and bool(shuffled_otherwise or rows[0] & rows[1])
+
+
+def test_no_command_scores_rows_that_its_model_has_learnt(monkeypatch):
+    monkeypatch.chdir(DOCS.parent)
+    commands = shown_commands()
+    trainings = [options for _, action, options in commands if action != "evaluate"]
+
+    def learnt(folder: str | None) -> set[Part]:
+        """By the model of that folder, and by those that it started from."""
+        found: set[Part] = set()
+        for options in trainings:
+            if options["output_dir"] == folder:
+                found |= {*parts(options, "train_split", "train"), *learnt(options.get("model"))}
+                found |= learnt(options.get("text"))
+        return found
+
+    scored = 0
+    for page, action, options in commands:
+        if action == "evaluate":
+            tested, known = parts(options, "split", "test"), learnt(options["model"])
+            known |= set(parts(options, "train_split", "train")) if "constants" in options else set()
+        else:
+            tested, known = parts(options, "eval_split"), learnt(options["output_dir"])
+        shared = [(mine, other) for mine in tested for other in known if share_rows(mine, other)]
+        assert not shared, f"{page}: {action} of {options.get('model') or options['output_dir']}: {shared}"
+        scored += bool(tested and known)
+    assert scored >= 20
+    assert share_rows(("a", "0", "train[:80%]"), ("a", "None", "train[80%:]"))
+    assert share_rows(("a", "0", "train[:80%]"), ("a", "0", "train[79%:]"))
+    assert not share_rows(("a", "0", "train[:80%]"), ("b", "0", "train[:80%]"))

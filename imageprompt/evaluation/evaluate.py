@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from pycocoevalcap.cider.cider import Cider
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
+from transformers.utils import logging
 
 from ..configuration import ImagePromptConfig
 from ..data.rows import BrokenRow, Rows, read_rows
@@ -26,9 +27,12 @@ from ..options import spell_out_recipe
 from ..processing import ImagePromptProcessor
 from ..provenance import provenance
 from .captions import caption_scores, java_caption_scores, tokenize_caption
+from .learnt import find_learnt_rows
 from .pictures import save_confusion, save_grid
 from .predictions import Predictions
-from .tasks import Generated, Record, Settings, answer_rows, answered, images_of, make_task
+from .tasks import ByLikelihood, Generated, Record, Settings, answer_rows, answered, images_of, make_task
+
+logger = logging.get_logger(__name__)
 
 # What a checkpoint consists of, as far as answers depend on it.
 _MODEL_FILES = {
@@ -126,6 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.picture and not source.has_images:
         raise ValueError("`--picture` shows images, and `--image_column none` says that there are none.")
     folder = _model_folder(args.model)
+    if learnt := find_learnt_rows(folder, source, args.split):
+        logger.warning(
+            f"{args.model} was trained on {learnt}. Rows of {args.split} (shuffle_rows {source.shuffle_rows}) are "
+            "among them: the scores do not say how well it answers for new rows."
+        )
     config = ImagePromptConfig.from_pretrained(folder)
     processor = ImagePromptProcessor.from_pretrained(folder)
     processor.check_model(config)
@@ -145,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data_sha256": rows.fingerprint,
         "versions": provenance()["versions"],
     }
+    if isinstance(task, ByLikelihood):
+        about["candidates_sha256"] = hashlib.sha256(json.dumps(task.candidates).encode()).hexdigest()
     for path in filter(None, (args.output, args.captions, args.picture, args.confusion_picture)):
         path.parent.mkdir(parents=True, exist_ok=True)
     predictions = Predictions(
@@ -171,6 +182,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         **provenance(),
     }
     if args.task == "caption":
+        if len(records) > 1 and result["distinct_captions"] == 1:
+            caption = records[0]["answer"]
+            logger.warning(
+                f"All {len(records)} captions are equal ({caption!r}): the model does not look at its images yet."
+            )
         answers = {record["row"]: record["answer"] for record in records}
         references = {record["row"]: record["references"] for record in records}
         if args.java_metrics:

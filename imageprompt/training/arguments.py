@@ -14,19 +14,27 @@ from .steady import SteadyTrainingArguments
 
 
 @dataclass
-class ModelArguments:
+class LanguageModelArguments:
+    """A language model: one that is there, or a new one with its tokenizer."""
+
+    text: str | None = field(default=None, metadata={"help": "Hub id or local folder of a language model."})
+    text_config: dict | str | None = field(
+        default=None, metadata={"help": 'A new GPT-2 instead, as JSON: \'{"n_layer": 4, "n_embd": 256, "n_head": 4}\'.'}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Hub id or local folder of the tokenizer; --text brings its own."}
+    )
+    new_tokenizer: int | None = field(
+        default=None, metadata={"help": "Make a tokenizer of so many tokens from the training texts instead."}
+    )
+
+
+@dataclass
+class ModelArguments(LanguageModelArguments):
     """Which model: a saved one (`--model`), or parts to compose (`--vision` and `--text` or `--text_config`)."""
 
     model: str | None = field(default=None, metadata={"help": "Saved imageprompt model to go on with."})
     vision: str | None = field(default=None, metadata={"help": "timm name, Hub id or local folder of the backbone."})
-    text: str | None = field(default=None, metadata={"help": "Hub id or local folder of the GPT-2 language model."})
-    text_config: dict | str | None = field(
-        default=None, metadata={"help": 'A new GPT-2 instead, as JSON: \'{"n_layer": 4, "n_embd": 256, "n_head": 4}\'.'}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Where to load the tokenizer from, if not --text."})
-    new_tokenizer: int | None = field(
-        default=None, metadata={"help": "Make a tokenizer of so many tokens from the training texts instead."}
-    )
     pretrained: str | None = field(
         default=None,
         metadata={

@@ -8,6 +8,7 @@ import torch
 from transformers.hf_argparser import string_to_bool
 
 from ..composing import compose
+from ..data.arguments import DataArguments, _sources
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import feature_layer, json_object, new_gpt2
 from ..processing import ImagePromptProcessor
@@ -57,6 +58,15 @@ def build_model(
         **{name: parts[name] for name in ("connector", "num_image_tokens", "fusion") if name in parts},
     )
     return _laid_out(model), processor
+
+
+def refuse_streams(args: DataArguments) -> None:
+    """Raise a ValueError if a source streams: a new tokenizer is made of all texts, before training."""
+    if any(source.streaming for source, _ in dict(_sources(args)).values()):
+        raise ValueError(
+            "--new_tokenizer reads all training texts first, so it needs data with an end, which a stream does not "
+            "have: pass --tokenizer, or leave out --streaming."
+        )
 
 
 def load_model(folder: str) -> tuple[ImagePromptForConditionalGeneration, ImagePromptProcessor]:

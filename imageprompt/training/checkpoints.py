@@ -61,6 +61,24 @@ def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     return [steps[step] for step in sorted(steps)]
 
 
+def refuse_earlier_run(output_dir: str | os.PathLike, resumes: str | None) -> None:
+    """Refuse to train anew beside the checkpoints of an earlier run, which would be taken for its own.
+
+    Args:
+        output_dir: the run's folder.
+        resumes: the option `--resume_from_checkpoint`.
+
+    Raises:
+        ValueError: naming the newest of them. Half-written ones do not count: there is nothing to go on from.
+    """
+    whole = [folder for folder in list_checkpoints(output_dir) if what_lacks(folder) is None]
+    if resumes is None and whole:
+        raise ValueError(
+            f"{whole[-1]} is of an earlier run: go on from there with --resume_from_checkpoint true, name another "
+            "--output_dir, or delete the checkpoints."
+        )
+
+
 def what_lacks(folder: Path) -> str | None:
     """What is missing or cut short in a checkpoint's folder; `None` if training can be resumed from it."""
     if not folder.is_dir():
@@ -108,6 +126,8 @@ def _is_cut_short(file: Path) -> bool:
 def whole_or_nothing(folder: Path, what: str, run: Path) -> Iterator[None]:
     """Remove a folder in which not everything could be written, and say how to go on.
 
+    A folder of that name that was there before is kept aside meanwhile: it is put back, or goes when all is written.
+
     Args:
         folder: what is being written.
         what: its name in the message.
@@ -116,11 +136,18 @@ def whole_or_nothing(folder: Path, what: str, run: Path) -> Iterator[None]:
     Raises:
         OSError: in place of the error of a failed write.
     """
+    before = folder.with_name(f"before-{folder.name}")
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
     try:
         yield
+        shutil.rmtree(before, ignore_errors=True)
     except BaseException as error:
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         shutil.rmtree(folder, ignore_errors=True)
+        if before.exists():
+            before.rename(folder)
         if not isinstance(error, WRITE_ERRORS):
             raise
         whole = [kept for kept in list_checkpoints(run) if what_lacks(kept) is None]

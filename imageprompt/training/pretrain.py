@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import (
     AutoModelForCausalLM,
@@ -25,8 +25,10 @@ from ..composing import loading
 from ..data.sources import Source
 from ..options import new_gpt2, spell_out_recipe
 from ..provenance import provenance
+from .arguments import LanguageModelArguments
+from .checkpoints import refuse_earlier_run
 from .steady import SteadyTrainer, SteadyTrainingArguments
-from .text import Blocks, measure, read_documents
+from .text import Blocks, Documents, measure, read_documents
 from .tokenizing import train_tokenizer
 
 
@@ -37,25 +39,26 @@ class TextArguments:
     dataset: str = field(metadata={"help": "Hub name, local folder or file: txt, parquet, csv, json, jsonl, …"})
     subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     text_column: str = field(default="text", metadata={"help": "Texts, or lists of texts; of a txt file, its lines."})
-    documents: Literal["rows", "paragraphs", "whole"] = field(
+    documents: Documents = field(
         default="rows", metadata={"help": "A document ends with each row, with an empty row, or only with the last."}
     )
     train_split: str = field(default="train", metadata={"help": 'Such as train or "train[:90%%]".'})
     eval_split: str = field(default="validation", metadata={"help": 'For the perplexity, such as "train[90%%:]".'})
+    shuffle_rows: int | None = field(
+        default=None, metadata={"help": "Seed to shuffle the rows with before a split such as train[:80%%] is cut."}
+    )
+
+    def __post_init__(self):
+        if self.shuffle_rows is not None and self.documents != "rows":
+            raise ValueError(
+                f"`--shuffle_rows` would tear documents apart that have several rows (--documents {self.documents})."
+            )
 
 
 @dataclass
-class LanguageModelArguments:
-    """Which model: one to go on with (`--text`), or a new one (`--text_config`) with a tokenizer."""
+class BlockArguments(LanguageModelArguments):
+    """Which model: one to go on with (`--text`), or a new one (`--text_config`) with a tokenizer; and its rows."""
 
-    text: str | None = field(default=None, metadata={"help": "Hub id or local folder of the model to go on with."})
-    text_config: dict | str | None = field(
-        default=None, metadata={"help": 'A new GPT-2 instead, as JSON: \'{"n_layer": 4, "n_embd": 256, "n_head": 4}\'.'}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or local folder of a new model's tokenizer."})
-    new_tokenizer: int | None = field(
-        default=None, metadata={"help": "Make a new model's tokenizer from the training text, with so many tokens."}
-    )
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens in a row of training; by default all of the model's positions."}
     )
@@ -65,7 +68,7 @@ class Options(NamedTuple):
     """All options of one run."""
 
     text: TextArguments
-    model: LanguageModelArguments
+    model: BlockArguments
     training: SteadyTrainingArguments
 
 
@@ -118,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse `argv` (the command line by default), train, save, and write the perplexity to `perplexity.json`."""
     options = parse(sys.argv[1:] if argv is None else argv)
     text, args = options.text, options.training
-    source = Source(text.dataset, text.subset, image_column="none", suffix_column=text.text_column)
+    refuse_earlier_run(args.output_dir, args.resume_from_checkpoint)
+    columns = {"image_column": "none", "suffix_column": text.text_column}
+    source = Source(text.dataset, text.subset, **columns, shuffle_rows=text.shuffle_rows)
     documents = {split: read_documents(source, split, text.documents) for split in (text.train_split, text.eval_split)}
     set_seed(args.seed)
     model, tokenizer = build(options.model, documents[text.train_split])

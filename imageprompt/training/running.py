@@ -1,10 +1,12 @@
 """One training, from a model and its rows to a folder with the model, its metrics and its curves."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data import ImagePromptCollator
+from ..data.arguments import _sources
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import json_object
 from ..processing import ImagePromptProcessor
@@ -46,8 +48,8 @@ def run_training(
 ) -> None:
     """Train, and write model, processor, metrics and curves to `options.training.output_dir`.
 
-    `training.json` says what it came from: metrics, broken rows, versions and machine. With LoRA, the folder holds the
-    merged model, and `adapter/` the adapter.
+    `training.json` says what it came from: data, metrics, broken rows, versions and machine. With LoRA, the folder
+    holds the merged model, and `adapter/` the adapter.
     """
     trainable = dict(model.config.trainable)
     args, folder = options.training, Path(options.training.output_dir)
@@ -64,8 +66,9 @@ def run_training(
         trainer.save_model(str(folder / "adapter"))
         trainer.model = merge_lora(trainer.model, processor, trainable)
     if trainer.is_world_process_zero():
+        record: dict[str, Any] = {"data": [asdict(source) for source, _ in dict(_sources(options.data)).values()]}
         # A stream's rows are not counted in one place.
-        record = {"metrics": result.metrics, "broken_rows": getattr(rows.train, "broken", None), **provenance()}
+        record |= {"metrics": result.metrics, "broken_rows": getattr(rows.train, "broken", None), **provenance()}
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         for name in record["broken_rows"] or []:
             print(f"Left out: {name}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 
+from ..configuration import PARTS
 from ..data import ImagePromptCollator
 from ..data.arguments import training_texts
 from ..options import json_or_file
@@ -20,12 +21,17 @@ from ..provenance import provenance
 from .arguments import Arguments, ImagePromptTrainingArguments, parse, refuse_unknown, with_options
 from .building import build_model
 from .running import TrainingRows, choose_what_learns
-from .trainer import ImagePromptTrainer
+from .trainer import ImagePromptTrainer, refuse_rates_of_frozen_parts
 
 if TYPE_CHECKING:
     import optuna
 
-_OPTIONS = {field.name for field in fields(ImagePromptTrainingArguments)} - {"output_dir", "resume_from_checkpoint"}
+# What a trial can set: the trainer reads these when training starts. It is built once for all trials, so that others,
+# as early_stopping_patience, hold for all of them; and others again say how trials are compared.
+_OPTIONS = {"learning_rate", *(f"{part}_learning_rate" for part in PARTS), "lr_scheduler_type", "warmup_steps"}
+_OPTIONS |= {"optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"}
+_OPTIONS |= {"per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy"}
+_OPTIONS |= {"num_train_epochs", "max_steps"}
 _RANGE = {"low", "high", "log", "step"}
 
 
@@ -42,8 +48,12 @@ def read_space(argv: Sequence[str], text: str) -> dict[str, Any]:
     space = json_or_file("--search", text)
     if not isinstance(space, dict) or not space:
         raise ValueError(f"--search is an object such as '{{\"learning_rate\": [1e-4, 1e-3]}}', got {space!r:.200}.")
-    refuse_unknown("--search", space, _OPTIONS)
+    refuse_unknown("--search", space, {field.name for field in fields(ImagePromptTrainingArguments)})
     for name, tried in space.items():
+        if name not in _OPTIONS:
+            raise ValueError(
+                f"--search: {name} is the same in all trials; what can be tried is {', '.join(sorted(_OPTIONS))}."
+            )
         if isinstance(tried, dict):
             if not {"low", "high"} <= tried.keys() <= _RANGE:
                 raise ValueError(
@@ -118,6 +128,8 @@ def search(
         data_collator=ImagePromptCollator(processor, max_length=options.data.max_length),
         processing_class=processor,
     )
+    first = {name: tried[0] if isinstance(tried, list) else tried["low"] for name, tried in space.items()}
+    refuse_rates_of_frozen_parts(trainer.model, parse(with_options(argv, first)).training)
     storage = optuna.storages.InMemoryStorage()
     direction = "maximize" if better is max else "minimize"
     try:

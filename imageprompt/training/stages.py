@@ -33,7 +33,7 @@ from .curves import read_curves, save_curves
 from .running import TrainingRows, choose_what_learns, run_training
 from .trainer import refuse_rates_of_frozen_parts
 
-_OF_TRAINING = {"stage.json", "training.json", "curves.png", "training_args.bin", TRAINER_STATE_NAME}
+_OF_TRAINING = {"stage.json", "curves.png", "training_args.bin", TRAINER_STATE_NAME}
 _OF_TRAINING |= {"train_results.json", "all_results.json"}
 _OWN = {"output_dir", "resume_from_checkpoint"}
 _OPTIONS = {field.name for kind in (ImagePromptTrainingArguments, LearningArguments) for field in fields(kind)} - _OWN
@@ -140,7 +140,7 @@ def run_stages(
 
 
 def _copy_model(folder: Path, output_dir: Path) -> None:
-    """The model of the last stage, without what is told of its training."""
+    """The model of the last stage and what it came from, without what else is told of its training."""
     half = output_dir / "half-written"
     with whole_or_nothing(half, "The model", folder):
         half.mkdir(exist_ok=True)

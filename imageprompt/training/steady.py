@@ -128,6 +128,7 @@ class SteadyTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         run, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with whole_or_nothing(run / name, name, run) if self.args.should_save else nullcontext():
+            self.accelerator.wait_for_everyone()  # no process writes before an older one of that name is aside
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

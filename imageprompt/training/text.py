@@ -6,7 +6,7 @@ the last token of the one before, so that every token is predicted once, and a p
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,16 +19,16 @@ from ..data.sources import Source, load
 from .steady import SteadyTrainer
 
 # Where a document ends: with each row, with an empty row, or only with the last.
-DOCUMENTS = ("rows", "paragraphs", "whole")
+Documents = Literal["rows", "paragraphs", "whole"]
 
 
-def read_documents(source: Source, split: str, documents: str = "rows") -> list[str]:
+def read_documents(source: Source, split: str, documents: Documents = "rows") -> list[str]:
     """The documents of a split.
 
     Args:
         source: its `suffix_column` holds texts, or lists of texts, each of them a row; of a `.txt` file, the lines.
         split: as of [`load`].
-        documents: one of `DOCUMENTS`.
+        documents: where one ends: "rows", "paragraphs" or "whole".
 
     Raises:
         ValueError: if there is no such data, split or column, or no text in it.

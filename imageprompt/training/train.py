@@ -13,7 +13,8 @@ from transformers import set_seed
 from ..data.arguments import training_data, training_texts
 from ..data.rows import Mixture, Rows
 from .arguments import parse, with_options
-from .building import build_model
+from .building import build_model, refuse_streams
+from .checkpoints import refuse_earlier_run
 from .lengths import check_lengths
 from .running import TrainingRows, run_training
 from .search import search
@@ -27,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages = read_stages(argv, options) if options.plan.stages else []
     if stages and options.plan.search:
         raise ValueError("Pass --stages or --search, not both: search first, and write what came out into the stages.")
+    if not stages:  # each has its own folder, looked at below
+        refuse_earlier_run(options.training.output_dir, options.training.resume_from_checkpoint)
+    if options.model.new_tokenizer is not None:
+        refuse_streams(options.data)
     set_seed(options.training.seed)
     model, processor = build_model(options.model, training_texts(options.data))
     runs = [stage.options for stage in stages] or [options]

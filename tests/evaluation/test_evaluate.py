@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
-from conftest import picture, tiny
+from conftest import make_photos, picture, tiny
 from datasets import ClassLabel, Dataset, Image, load_dataset
 from transformers import set_seed
 
@@ -116,6 +117,17 @@ def test_answers_of_other_settings_models_and_data_are_not_mixed(evaluate, folde
     assert evaluate("--num_beams", "2", "--batch_size", "3")["rows"] == 5  # another batch size may go on
 
 
+def test_answers_chosen_among_other_candidates_are_not_mixed(evaluate, tmp_path):
+    make_photos(tmp_path / "photos", 4)
+    ranked = ["--dataset", "photos/classes.csv", "--image_column", "file", "--split", "train", "--task", "rank"]
+    evaluate(*ranked, "--class_names", "square", "circle", column="shape")
+    with pytest.raises(ValueError, match="candidates_sha256"):
+        evaluate(*ranked, "--class_names", "square", "circle", "triangle", column="shape")
+    (tmp_path / "scores.predictions.jsonl").unlink()
+    result = evaluate(*ranked, "--class_names", "square", "circle", "triangle", column="shape")
+    assert result["confusion"]["labels"][:3] == ["square", "circle", "triangle"]
+
+
 @pytest.mark.parametrize("task", ["classify", "rank"])
 def test_classes_come_with_their_confusions(evaluate, tmp_path, task):
     result = evaluate("--task", task, "--confusion_picture", "confusion.png", "--picture", "grid.png", column="label")
@@ -124,6 +136,38 @@ def test_classes_come_with_their_confusions(evaluate, tmp_path, task):
     assert (tmp_path / "confusion.png").stat().st_size > 1000
     expected = {"normalize": "none"} if task == "rank" else {"do_sample": False, "max_new_tokens": 8, "num_beams": 1}
     assert result["decoding"] == expected
+
+
+def test_captions_that_are_all_equal_are_warned_of(evaluate, monkeypatch, caplog):
+    monkeypatch.setattr(tasks, "generate_texts", lambda model, processor, images, *_, **__: ["A dog."] * len(images))
+    evaluate()
+    assert "All 5 captions are equal ('A dog.'): the model does not look at its images yet." in caplog.text
+    caplog.clear()
+    evaluate("--split", "test[:1]", output="one.json")
+    monkeypatch.undo()
+    assert "captions are equal" not in caplog.text
+
+
+def test_rows_that_the_model_has_learnt_are_warned_of(evaluate, folder, tmp_path, monkeypatch, caplog):
+    make_photos(tmp_path / "photos", 10)
+    shutil.copytree(folder / "model", tmp_path / "model")
+    learnt = {"dataset": "photos/captions.csv", "subset": None, "shuffle_rows": 0, "train_split": "train[:8]"}
+    (tmp_path / "model" / "training.json").write_text(json.dumps({"data": [learnt]}))
+    monkeypatch.setattr(tasks, "generate_texts", lambda model, processor, images, *_, **__: ["A dog."] * len(images))
+
+    def warns(split, *more):
+        caplog.clear()
+        source = ["--dataset", str(tmp_path / "photos" / "captions.csv"), "--image_column", "file", *more]
+        evaluate("--model", "model", *source, "--split", split, "--restart", column="caption")
+        return "model was trained on train[:8] of photos/captions.csv (shuffle_rows 0). Rows of" in caplog.text
+
+    assert not warns("train[80%:]", "--shuffle_rows", "0")
+    assert warns("train[70%:]", "--shuffle_rows", "0")
+    assert warns("train[80%:]")  # cut after another shuffling
+    (tmp_path / "photos" / "others.csv").write_text((tmp_path / "photos" / "captions.csv").read_text())
+    assert not warns("train", "--dataset", str(tmp_path / "photos" / "others.csv"))
+    (tmp_path / "model" / "training.json").write_text(json.dumps({"metrics": {}}))  # of an older version
+    assert not warns("train")
 
 
 def test_each_task_has_its_scores(evaluate):

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from imageprompt.data.augmenting import augmentation
 from imageprompt.data.rows import read_rows
 from imageprompt.data.sources import Source
-from imageprompt.training.checkpoints import find_checkpoint, list_checkpoints, what_lacks
+from imageprompt.training.checkpoints import find_checkpoint, list_checkpoints, refuse_earlier_run, what_lacks
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 
@@ -186,6 +186,36 @@ def test_a_checkpoint_that_cannot_be_written_is_removed_and_the_one_before_stays
     resumed = trainer_of(tokenizer, tmp_path, **SAVES)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 2 and what_lacks(tmp_path / "checkpoint-2") is None
+
+
+def test_a_checkpoint_that_was_there_before_stays_when_the_new_one_cannot_be_written(run, tokenizer, monkeypatch):
+    def kept():
+        files = sorted((run / "checkpoint-2").iterdir())
+        return [(file.name, file.stat().st_mtime_ns) for file in files]
+
+    before = kept()
+    trainer = trainer_of(tokenizer, run, **SAVES)
+    monkeypatch.setattr("transformers.trainer_callback.TrainerState.save_to_json", full)
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written .* checkpoint-2 is whole"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    monkeypatch.undo()
+    assert kept() == before and what_lacks(run / "checkpoint-2") is None
+    trainer_of(tokenizer, run, **SAVES).train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert kept() != before and what_lacks(run / "checkpoint-2") is None
+    assert [folder.name for folder in sorted(run.glob("*checkpoint*"))] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_an_earlier_run_is_refused_unless_nothing_of_it_is_whole(run):
+    message = "checkpoint-2 is of an earlier run: .*--resume_from_checkpoint true, name another --output_dir, or delete"
+    with pytest.raises(ValueError, match=message):
+        refuse_earlier_run(run, None)
+    refuse_earlier_run(run, "true")
+    cut(run / "checkpoint-2" / "model.safetensors")
+    with pytest.raises(ValueError, match="checkpoint-1 is of an earlier run"):
+        refuse_earlier_run(run, None)
+    shutil.rmtree(run / "checkpoint-1")
+    refuse_earlier_run(run, None)
+    refuse_earlier_run(run / "other", None)
 
 
 def test_other_errors_while_saving_stay_what_they_are(tokenizer, tmp_path, monkeypatch):

@@ -6,7 +6,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
 
 from imageprompt import ImagePromptForConditionalGeneration
+from imageprompt.data import Source
 from imageprompt.training.pretrain import main
+from imageprompt.training.text import read_documents
 from imageprompt.training.train import main as train
 
 TINY = json.dumps({"n_layer": 1, "n_embd": 64, "n_head": 2, "n_positions": 32, "resid_pdrop": 0, "embd_pdrop": 0})
@@ -61,6 +63,22 @@ def test_it_goes_on_from_a_model_and_resumes(pretrained, text, tmp_path):
     assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 4, 6]
 
 
+def test_an_earlier_run_is_not_trained_over(pretrained, text):
+    with pytest.raises(ValueError, match=r"checkpoint-60 is of an earlier run: .*--resume_from_checkpoint true"):
+        main(options(text, pretrained, "--text_config", TINY, "--new_tokenizer", "300"))
+
+
+def test_rows_are_shuffled_before_they_are_cut(tmp_path):
+    lines = [f"the number {number}" for number in range(20)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    more = ["--text_config", TINY, "--new_tokenizer", "300", "--max_steps", "1", "--shuffle_rows", "0"]
+    main(options(tmp_path / "lines.txt", tmp_path / "run", *more))
+    measured = json.loads((tmp_path / "run" / "perplexity.json").read_text())
+    held_out = read_documents(Source(str(tmp_path / "lines.txt"), None, "none", "text", shuffle_rows=0), "train[90%:]")
+    assert len(held_out) == 2 and held_out != lines[18:]
+    assert measured["bytes"] == sum(map(len, held_out)) and measured["text"]["shuffle_rows"] == 0
+
+
 def test_it_is_composed_with_a_backbone(pretrained, folders, tmp_path):
     composed = ["--vision", "test_resnet", "--text", str(pretrained), "--pretrained", "text", "--image_size", "32"]
     composed += ["--dataset", str(folders[0]), "--suffix_column", "captions", "--use_cpu", "--max_steps", "1"]
@@ -88,6 +106,10 @@ def test_it_is_composed_with_a_backbone(pretrained, folders, tmp_path):
         (["--text", "/no/such/model"], "Cannot load '/no/such/model'"),
         (["--text_config", TINY, "--new_tokenizer", "300", "--text_column", "words"], "no column 'words'; it has text"),
         (["--text_config", TINY, "--new_tokenizer", "300", "--eval_split", "test"], "no split 'test'; it has train"),
+        (
+            ["--text_config", TINY, "--new_tokenizer", "300", "--documents", "whole", "--shuffle_rows", "0"],
+            "`--shuffle_rows` would tear documents apart",
+        ),
         (
             ["--text_config", '{"vocab_size": 10}', "--new_tokenizer", "300"],
             "The tokenizer has .* the model only 10",

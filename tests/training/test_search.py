@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
-from commands import options
+from commands import TINY_TEXT, options
+from conftest import make_photos
 
+from imageprompt.training import search as searching
 from imageprompt.training.search import read_space
 from imageprompt.training.train import main
 
@@ -98,6 +100,10 @@ def test_a_trial_whose_loss_is_not_finite_counts_as_failed(folders, tmp_path):
     [
         ({"learning_rat": [1]}, "--search: there is no option 'learning_rat' to set. Did you mean 'learning_rate'"),
         ({"image_size": [32, 64]}, "there is no option 'image_size'"),
+        ({"early_stopping_patience": [1, 2]}, "early_stopping_patience is the same in all trials; .* adam_beta1"),
+        ({"label_smoothing_factor": [0.0, 0.1]}, "label_smoothing_factor is the same in all trials"),
+        ({"bf16": [True, False]}, "bf16 is the same in all trials"),
+        ({"output_dir": ["a", "b"]}, "output_dir is the same in all trials"),
         ({}, "--search is an object"),
         ([1], "--search is an object"),
         ({"learning_rate": []}, "learning_rate needs a list of values or a range"),
@@ -123,3 +129,37 @@ def test_values_of_the_wrong_type_are_refused_as_on_the_command_line(folders, tm
 def test_a_search_needs_rows_to_compare_on(folders, tmp_path):
     with pytest.raises(ValueError, match="no split 'test'"):
         main(searched(folders, tmp_path / "run", SPACE, "--eval_split", "test"))
+
+
+def test_a_rate_of_a_part_that_does_not_learn_is_not_searched(folders, tmp_path):
+    space = {"vision_learning_rate": [1e-4, 1e-3]}
+    with pytest.raises(ValueError, match="--vision_learning_rate is given, but nothing of the part 'vision' learns"):
+        main(searched(folders, tmp_path / "run", space, "--train_vision", "false"))
+    assert not (tmp_path / "run" / "search.json").exists()
+
+
+def test_every_option_that_can_be_searched_counts_in_a_trial(folders, tmp_path):
+    """The training with what was found ends with the loss of its trial."""
+    photos = make_photos(tmp_path / "photos", 16) / "captions.csv"
+    data = ["--dataset", str(photos), "--image_column", "file", "--suffix_column", "caption", "--eval_split", "train"]
+    still = json.dumps(json.loads(TINY_TEXT) | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})
+    data += ["--text_config", still, "--eval_strategy", "epoch", "--save_strategy", "no", "--max_steps", "-1"]
+    tried: dict[str, object] = {"learning_rate": 1e-2, "vision_learning_rate": 2e-3, "connector_learning_rate": 3e-3}
+    tried |= {"text_learning_rate": 4e-3, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}
+    tried |= {"optim": "adafactor", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "weight_decay": 0.3}
+    tried |= {"max_grad_norm": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    tried |= {"train_sampling_strategy": "sequential", "num_train_epochs": 2, "max_steps": 3}
+    assert tried.keys() == searching._OPTIONS
+
+    def losses(name, *without):
+        space = {option: [value] for option, value in tried.items() if option not in without}
+        main(searched(folders, tmp_path / name, space, "--trials", "1", *data))
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        (trial,) = json.loads((tmp_path / name / "search.json").read_text())["trials"]
+        last = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry][-1]
+        assert trial["value"] == pytest.approx(last, rel=1e-6)
+        return state["global_step"]
+
+    assert losses("adafactor", "num_train_epochs", "max_steps", "adam_beta1", "adam_beta2", "adam_epsilon") == 9
+    assert losses("adam", "num_train_epochs", "optim") == 3
+    assert losses("epochs", "max_steps", "optim") == 6

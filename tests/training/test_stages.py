@@ -59,6 +59,7 @@ def test_the_runs_folder_holds_the_last_model_and_the_curves_of_all_stages(run):
     assert choice == last_choice and all(torch.equal(value, last[name]) for name, value in final.items())
     AutoProcessor.from_pretrained(run).check_model(AutoModelForImageTextToText.from_pretrained(run))
     assert (run / "curves.png").stat().st_size > (run / "stage-2" / "curves.png").stat().st_size / 2
+    assert json.loads((run / "training.json").read_text())["data"][0]["suffix_column"] == "captions"
     assert not (run / "half-written").exists() and not (run / "trainer_state.json").exists()
 
 

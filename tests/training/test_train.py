@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import options
+from commands import TINY_TEXT, options
 from conftest import make_photos, max_difference, picture
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -16,7 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from imageprompt import ImagePromptForConditionalGeneration
+from imageprompt.options import as_words
 from imageprompt.training import building
+from imageprompt.training import train as training
 from imageprompt.training.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,25 @@ def test_goes_on_from_a_saved_model_and_resumes_a_run(folders, tmp_path):
     main([*second, "--max_steps", "4"])
     main([*second, "--max_steps", "6", "--resume_from_checkpoint", str(tmp_path / "second" / "checkpoint-4")])
     assert json.loads((tmp_path / "second" / "trainer_state.json").read_text())["global_step"] == 6
+
+
+@pytest.mark.parametrize("more", [[], ["--search", '{"learning_rate": [1e-4]}']], ids=["train", "search"])
+def test_an_earlier_run_is_not_trained_over(folders, tmp_path, monkeypatch, more):
+    main(options(folders, tmp_path / "run"))
+    monkeypatch.setattr(training, "build_model", lambda *_: pytest.fail("built"))
+    with pytest.raises(ValueError, match=r"run/checkpoint-2 is of an earlier run: .*--resume_from_checkpoint true"):
+        main(options(folders, tmp_path / "run", *more))
+
+
+def test_a_new_tokenizer_needs_data_with_an_end(folders, tmp_path):
+    data = {"dataset": str(folders[0]), "suffix_column": "captions", "streaming": True}
+    (tmp_path / "mixture.json").write_text(json.dumps([data]))
+    parts = ["--vision", "test_resnet", "--text_config", TINY_TEXT, "--new_tokenizer", "300", "--pretrained", "false"]
+    parts += ["--max_steps", "2", "--use_cpu", "--output_dir", str(tmp_path / "run")]
+    for streamed in (["--mixture", str(tmp_path / "mixture.json")], as_words(data)):
+        with pytest.raises(ValueError, match=r"--new_tokenizer .* needs data with an end, .* pass --tokenizer"):
+            main([*parts, *streamed])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_frozen_part_of_a_saved_model_stays_frozen(folders, tmp_path):
@@ -251,6 +272,8 @@ def test_broken_rows_are_left_out_named_and_recorded(folders, tokenizer, tmp_pat
     main([*options(folders, tmp_path / "run"), *data, "--suffix_column", "caption"])
     record = json.loads((tmp_path / "run" / "training.json").read_text())
     assert record["broken_rows"] == [f"Row 3 of {tmp_path}/photos/captions.csv (03.png)"]
+    (source,) = record["data"]
+    assert (source["dataset"], source["shuffle_rows"], source["train_split"]) == (data[1], None, "train")
     assert record["metrics"]["train_loss"] > 0 and "torch" in record["versions"]
     assert "Left out: Row 3 of" in capsys.readouterr().out
     with pytest.raises(ValueError, match="1 broken rows of 6; the last: Row 3 of"):
