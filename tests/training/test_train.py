@@ -262,7 +262,7 @@ def test_a_recipe_with_a_tokenizer_made_of_the_training_texts(folders, tmp_path)
     config = AutoModelForImageTextToText.from_pretrained(tmp_path / "run").config
     assert config.vocab_size == len(processor.tokenizer)
     with pytest.raises(ValueError, match="--new_tokenizer is for a new language model"):
-        main([str(tmp_path / "recipe.json"), "--tokenizer", str(folders[1])])
+        main([str(tmp_path / "recipe.json"), "--tokenizer", str(folders[1]), "--output_dir", str(tmp_path / "other")])
 
 
 def test_broken_rows_are_left_out_named_and_recorded(folders, tokenizer, tmp_path, capsys):
