@@ -111,7 +111,7 @@ def on_shared_data(arguments: list[str]) -> bool:
 @pytest.mark.parametrize("arguments", filter(on_shared_data, commands("imageprompt", "train")))
 def test_training_commands_run(arguments, shared_data, tmp_path, monkeypatch):
     monkeypatch.chdir(DOCS.parent)
-    short = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--eval_strategy", "no", "--save_strategy", "no"]
+    short = ["--max_steps", "1", "--per_device_train_batch_size", "2"]
     main([*arguments, *short, "--output_dir", str(tmp_path / "run")])
     assert (tmp_path / "run" / "model.safetensors").exists()
 
