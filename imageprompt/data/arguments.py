@@ -95,6 +95,15 @@ def training_texts(args: DataArguments) -> Iterator[str]:
                 yield from [text, *suffixes] if text else suffixes
 
 
+def data_facts(args: DataArguments) -> list[dict[str, Any]]:
+    """What the training rows came from, to be written down: of each source its name, split and prompts."""
+    told = ("dataset", "subset", "train_split", "text_column", "prompt", "texts_per_image", "augment")
+    return [
+        {**{name: getattr(source, name) for name in told}, "on_hub": source.on_hub, "weight": weight}
+        for source, weight in dict(_sources(args)).values()
+    ]
+
+
 def _sources(args: DataArguments) -> Iterator[tuple[str, tuple[TrainingSource, Any]]]:
     """Name, settings and weight of every source."""
     names = [setting.name for setting in fields(TrainingSource)]
