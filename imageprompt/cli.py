@@ -83,6 +83,55 @@ def generate(
         typer.echo(f"{file}\t{answer}")
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Saved model with its processor, such as a training's output.")],
+    repo: Annotated[str, typer.Argument(help="Where to: name or owner/name.")],
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="Scores of this model, as `imageprompt evaluate` wrote them.")
+    ] = None,
+    sample: Annotated[Path | None, typer.Option(help="An image to show in the card, with the model's answer.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text before the answer, in the example and of the sample; that of the scores.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Under which others may use it, such as apache-2.0.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="That the model writes, such as en.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub name of data that it was trained on.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Further tag of the card.")] = None,
+    private: Annotated[bool | None, typer.Option(help="A new repository: for you alone, or for all.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; main by default, made if there is none.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload model",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the files and the card; send nothing.")] = False,
+) -> None:
+    """Upload a saved model to the Hub: weights, processor, code and a model card, in one commit."""
+    from .pushing import describe_push, push_folder, read_evaluation
+    from .sharing import CardFacts
+
+    facts = CardFacts(
+        license=license,
+        language=language or [],
+        datasets=dataset or [],
+        tags=tag or [],
+        prompt=prompt,
+        evaluations=[read_evaluation(file) for file in evaluation or []],
+    )
+    if dry_run:
+        typer.echo(describe_push(folder, repo, facts, sample=sample))
+        return
+    commit = push_folder(
+        folder,
+        repo,
+        facts,
+        sample=sample,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+    )
+    typer.echo(commit.pr_url or commit.commit_url)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def serve(context: typer.Context) -> None:
     """Answer OpenAI-style requests with images over HTTP (see `imageprompt serve --help`)."""

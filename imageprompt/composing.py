@@ -29,7 +29,7 @@ from .image_processing import ImagePromptImageProcessor
 from .language_models import load_language_model, refuse_other_kinds
 from .modeling import ImagePromptForConditionalGeneration
 from .processing import ImagePromptProcessor
-from .vision import Backbone, resolve_backbone
+from .vision import Backbone, hub_id, resolve_backbone
 
 IMAGE_TOKEN = "<image>"
 
@@ -105,8 +105,13 @@ def compose(
     model = ImagePromptForConditionalGeneration(config).eval()
     load_language_model(model, language_model.eval())
     model.generation_config = _generation_config(model, language_model, tokenizer)
+    base_models = {}
     if pretrained in (True, "vision"):
         model.model.vision_tower.timm_model.load_state_dict(_timm_weights(backbone))
+        base_models["vision"] = hub_id(backbone)
+    if pretrained in (True, "text") and not isinstance(text, PreTrainedConfig) and not os.path.isdir(text):
+        base_models["text"] = os.fspath(text)
+    config.base_models = {part: name for part, name in base_models.items() if name} or None
 
     processor = ImagePromptProcessor(
         ImagePromptImageProcessor.from_pretrained_cfg(config.vision_config.pretrained_cfg),

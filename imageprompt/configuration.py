@@ -93,6 +93,8 @@ class ImagePromptConfig(PreTrainedConfig):
         num_prefix_tokens (`int`, *optional*): class and register tokens before an NLC grid; probed.
         unused_parameters (`list[str]`, *optional*):
             The backbone's parameters behind its features, such as pooling heads, which can never learn; probed.
+        base_models (`dict[str, str]`, *optional*):
+            Hub ids of the models whose weights the `"vision"` and `"text"` parts began with, as far as they are known.
         tie_word_embeddings (`bool`, *optional*): share input embeddings and head; taken from `text_config`.
 
     Raises:
@@ -124,6 +126,7 @@ class ImagePromptConfig(PreTrainedConfig):
     feature_layout: Literal["NCHW", "NHWC", "NLC", "NC"] | None = None
     num_prefix_tokens: int | None = None
     unused_parameters: list[str] | None = None
+    base_models: dict[str, str] | None = None
     tie_word_embeddings: bool | None = None
 
     hidden_size = _mirror("hidden_size")

@@ -9,6 +9,7 @@ runs on supervised positions only.
 
 import inspect
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -17,6 +18,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -35,6 +37,7 @@ from .fusion import (
     group_by_row,
     skip_positions_without_images,
 )
+from .sharing import CardFacts, files_in, upload
 from .vision import FeatureShape, VisionTower, flatten_features, probe_features
 
 logger = logging.get_logger(__name__)
@@ -577,6 +580,33 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
         targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].to(hidden_states.device)
         supervised = targets != IGNORE_INDEX
         return self.lm_head(hidden_states[supervised]), targets[supervised], supervised.nonzero()[:, 0]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload model",
+        max_shard_size: int | str = "50GB",
+        tags: str | list[str] | None = None,
+        **details,
+    ) -> CommitInfo:
+        """As the library's, with `requirements.txt` and a card that says what is known of the model; see [`upload`].
+
+        Args:
+            details: `commit_description`, `private`, `token`, `revision` and `create_pr`, as of the library's.
+        """
+        facts = CardFacts(tags=[*(self.model_tags or []), *CardFacts(tags=tags).tags])
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return upload(
+                folder,
+                files_in(folder),
+                repo_id,
+                config=self.config,
+                facts=facts,
+                commit_message=commit_message,
+                **details,
+            )
 
     @torch.no_grad()
     def score(self, labels: Tensor, **inputs) -> Tensor:

@@ -5,15 +5,18 @@ say, flat and nested image lists, rows without images, and `suffix` (PaliGemma's
 which `labels` are made.
 """
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .configuration import IGNORE_INDEX
 from .image_processing import ImagePromptImageProcessor
+from .sharing import files_in, upload
 
 # One line per turn, in plain words: GPT-2 has no control tokens for roles. An answer ends with EOS. It begins with one
 # space, also when it is sent back as it was generated.
@@ -160,6 +163,16 @@ class ImagePromptProcessor(ProcessorMixin):
                 f"Processor and model do not belong together: {'; '.join(differences)}. "
                 "Load both from the same checkpoint."
             )
+
+    def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload processor", **details) -> CommitInfo:
+        """As the library's, without a card, which is the model's to write; see [`upload`].
+
+        Args:
+            details: `commit_description`, `private`, `token`, `revision` and `create_pr`, as of the library's.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, files_in(folder), repo_id, commit_message=commit_message, **details)
 
     def _suffix_kwargs(self, suffix: str | list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The tokenizer's keywords for prompts followed by suffixes, which it marks with `token_type_ids`."""

@@ -1,13 +1,32 @@
 """What every measured file says of its origin."""
 
+import hashlib
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 _PACKAGES = ("imageprompt", "pillow", "timm", "torch", "torchvision", "transformers")
+
+# What a checkpoint consists of, as far as answers depend on it.
+MODEL_FILES = {
+    "weights_sha256": ["*.safetensors"],
+    "config_sha256": ["config.json", "generation_config.json"],
+    "processor_sha256": [
+        "added_tokens.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    ],
+}
 
 
 def provenance() -> dict[str, Any]:
@@ -16,3 +35,16 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }
+
+
+def model_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's files of each kind (`MODEL_FILES`), one after the other."""
+    digests = {}
+    for kind, names in MODEL_FILES.items():
+        digest = hashlib.sha256()
+        for file in sorted({file for name in names for file in folder.glob(name)}):
+            with file.open("rb") as content:
+                while block := content.read(1 << 20):
+                    digest.update(block)
+        digests[kind] = digest.hexdigest()
+    return digests

@@ -102,6 +102,15 @@ def registered_backbone(
     return _backbone(name.partition(".")[0], _registered_cfg(name), {}, model_args, preprocessing, name)
 
 
+def hub_id(backbone: Backbone) -> str | None:
+    """The Hub repository of a backbone's pretrained weights; `None` for weights that are in none, or in a folder."""
+    source, _, name = backbone.weights.rpartition(":")
+    if source:
+        return name if source == "hf-hub" else None
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg.hf_hub_id if cfg is not None else None
+
+
 def _backbone(
     architecture: str,
     cfg: dict[str, Any],

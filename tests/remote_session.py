@@ -77,4 +77,5 @@ def main(checkpoint, result, resaved=None):
     assert not any(name.partition(".")[0] == "imageprompt" for name in sys.modules)
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

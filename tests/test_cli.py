@@ -31,7 +31,7 @@ def test_generate_prints_a_line_for_each_image(saved):
 
 def test_help_names_every_command():
     output = CliRunner().invoke(app, ["--help"]).output
-    assert all(command in output for command in ("quickstart", "train", "evaluate", "generate", "doctor"))
+    assert all(command in output for command in ("quickstart", "train", "evaluate", "generate", "push", "doctor"))
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,14 @@ def test_a_mistake_met_by_a_process_that_loads_data_is_one_sentence_too(tokenize
     assert shown[0].endswith("Mend the data, or raise `--max_broken_rows` (now 1) to go on without them.")
 
 
-@pytest.mark.parametrize("script", ["train", "pretrain", "generate", "evaluate"])
+@pytest.mark.parametrize("script", ["train", "pretrain", "generate", "evaluate", "push_to_hub"])
 def test_scripts_run_from_a_checkout(script, capsys):
     with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [f"scripts/{script}.py", "--help"])
         runpy.run_path(str(Path(__file__).parents[1] / "scripts" / f"{script}.py"), run_name="__main__")
     assert end.value.code == 0
-    assert "--batch" in capsys.readouterr().out.replace("--per_device_train_batch", "--batch")
+    shown = capsys.readouterr().out.replace("--per_device_train_batch", "--batch")
+    assert ("--license" if script == "push_to_hub" else "--batch") in shown
 
 
 def main_with(*arguments: str) -> None:

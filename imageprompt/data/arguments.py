@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def training_data(
     Raises:
         ValueError: for anything that is missing or cannot be; all sources are opened before any work starts.
     """
-    sources = dict(_sources(args))
+    sources = read_sources(args)
     streams = any(source.streaming for source, _ in sources.values())
     broken = {"max_broken": args.max_broken_rows}
     training: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def training_texts(args: DataArguments) -> Iterator[str]:
     Raises:
         ValueError: for a stream, which would have to be read to its end.
     """
-    for source, _ in dict(_sources(args)).values():
+    for source, _ in read_sources(args).values():
         rows = read_rows(source, source.train_split)
         for index in range(len(rows)):
             with suppress(BrokenRow):
@@ -95,8 +95,24 @@ def training_texts(args: DataArguments) -> Iterator[str]:
                 yield from [text, *suffixes] if text else suffixes
 
 
-def _sources(args: DataArguments) -> Iterator[tuple[str, tuple[TrainingSource, Any]]]:
-    """Name, settings and weight of every source."""
+def data_facts(args: DataArguments) -> list[dict[str, Any]]:
+    """What the training rows came from, to be written down: the settings of each source, its weight, and whether it is
+    on the Hub."""
+    return [
+        {**asdict(source), "on_hub": source.on_hub, "weight": weight} for source, weight in read_sources(args).values()
+    ]
+
+
+def read_sources(args: DataArguments) -> dict[str, tuple[TrainingSource, Any]]:
+    """Settings and weight of every source, by name.
+
+    Raises:
+        ValueError: for a mixture that is no list of sources, or one of its settings.
+    """
+    return dict(_read_sources(args))
+
+
+def _read_sources(args: DataArguments) -> Iterator[tuple[str, tuple[TrainingSource, Any]]]:
     names = [setting.name for setting in fields(TrainingSource)]
     if args.mixture is None:
         yield "data", (TrainingSource(**{name: getattr(args, name) for name in names}), None)

@@ -88,6 +88,11 @@ class Source:
         return self.image_column.lower() != "none"
 
     @property
+    def on_hub(self) -> bool:
+        """Whether the name is that of a data set on the Hub, as nothing on this machine has it."""
+        return self.dataset is not None and not Path(self.dataset).expanduser().exists()
+
+    @property
     def image_root(self) -> Path:
         """Where relative image paths start."""
         if self.image_folder is not None:

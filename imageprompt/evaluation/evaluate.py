@@ -25,7 +25,7 @@ from ..data.sources import Source
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import spell_out_recipe
 from ..processing import ImagePromptProcessor
-from ..provenance import provenance
+from ..provenance import MODEL_FILES, model_digests, provenance
 from .captions import caption_scores, java_caption_scores, tokenize_caption
 from .learnt import find_learnt_rows
 from .pictures import save_confusion, save_grid
@@ -33,23 +33,6 @@ from .predictions import Predictions
 from .tasks import ByLikelihood, Generated, Record, Settings, answer_rows, answered, images_of, make_task
 
 logger = logging.get_logger(__name__)
-
-# What a checkpoint consists of, as far as answers depend on it.
-_MODEL_FILES = {
-    "weights_sha256": ["*.safetensors"],
-    "config_sha256": ["config.json", "generation_config.json"],
-    "processor_sha256": [
-        "added_tokens.json",
-        "chat_template.jinja",
-        "merges.txt",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-    ],
-}
 
 
 @dataclass
@@ -150,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "task": args.task,
         "decoding": decoding,
         "seed": args.seed,
-        "model": _model_digests(folder),
+        "model": model_digests(folder),
         "data_sha256": rows.fingerprint,
         "versions": provenance()["versions"],
     }
@@ -177,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **task.score(records),
         "rows": len(records),
         "broken_rows": [record["broken"] for record in predictions.records if "broken" in record],
+        "dataset_on_hub": source.on_hub,
         "settings": {name: _plain(value) for name, value in {**asdict(args), **asdict(source)}.items()},
         "device": model.device.type,
         **provenance(),
@@ -229,20 +213,7 @@ def _model_folder(model: str) -> Path:
     """Where a model's files are; those of a Hub model are fetched."""
     if Path(model).is_dir():
         return Path(model)
-    return Path(snapshot_download(model, allow_patterns=[name for names in _MODEL_FILES.values() for name in names]))
-
-
-def _model_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of each kind, one after the other."""
-    digests = {}
-    for kind, names in _MODEL_FILES.items():
-        digest = hashlib.sha256()
-        for file in sorted({file for name in names for file in folder.glob(name)}):
-            with file.open("rb") as content:
-                while block := content.read(1 << 20):
-                    digest.update(block)
-        digests[kind] = digest.hexdigest()
-    return digests
+    return Path(snapshot_download(model, allow_patterns=[name for names in MODEL_FILES.values() for name in names]))
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from transformers.hf_argparser import string_to_bool
 
 from ..composing import compose
-from ..data.arguments import DataArguments, _sources
+from ..data.arguments import DataArguments, read_sources
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import feature_layer, json_object, new_gpt2
 from ..processing import ImagePromptProcessor
@@ -62,7 +62,7 @@ def build_model(
 
 def refuse_streams(args: DataArguments) -> None:
     """Raise a ValueError if a source streams: a new tokenizer is made of all texts, before training."""
-    if any(source.streaming for source, _ in dict(_sources(args)).values()):
+    if any(source.streaming for source, _ in read_sources(args).values()):
         raise ValueError(
             "--new_tokenizer reads all training texts first, so it needs data with an end, which a stream does not "
             "have: pass --tokenizer, or leave out --streaming."

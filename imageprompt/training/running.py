@@ -1,12 +1,12 @@
 """One training, from a model and its rows to a folder with the model, its metrics and its curves."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data import ImagePromptCollator
-from ..data.arguments import _sources
+from ..data.arguments import data_facts
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import json_object
 from ..processing import ImagePromptProcessor
@@ -14,6 +14,26 @@ from ..provenance import provenance
 from .arguments import Arguments, LearningArguments
 from .lora import add_lora, merge_lora
 from .trainer import ImagePromptTrainer
+
+# Options that say how a model was trained.
+_TOLD = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "learning_rate",
+    "vision_learning_rate",
+    "connector_learning_rate",
+    "text_learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "bf16",
+    "fp16",
+    "seed",
+)
 
 
 class TrainingRows(NamedTuple):
@@ -48,8 +68,8 @@ def run_training(
 ) -> None:
     """Train, and write model, processor, metrics and curves to `options.training.output_dir`.
 
-    `training.json` says what it came from: data, metrics, broken rows, versions and machine. With LoRA, the folder
-    holds the merged model, and `adapter/` the adapter.
+    `training.json` says what it came from: data, options, metrics, broken rows, versions and machine. With LoRA, the
+    folder holds the merged model, and `adapter/` the adapter.
     """
     trainable = dict(model.config.trainable)
     args, folder = options.training, Path(options.training.output_dir)
@@ -66,9 +86,17 @@ def run_training(
         trainer.save_model(str(folder / "adapter"))
         trainer.model = merge_lora(trainer.model, processor, trainable)
     if trainer.is_world_process_zero():
-        record: dict[str, Any] = {"data": [asdict(source) for source, _ in dict(_sources(options.data)).values()]}
         # A stream's rows are not counted in one place.
-        record |= {"metrics": result.metrics, "broken_rows": getattr(rows.train, "broken", None), **provenance()}
+        record = {
+            "data": data_facts(options.data),
+            "rows": len(rows.train) if isinstance(rows.train, Sized) else None,
+            "options": {name: getattr(args, name) for name in _TOLD},
+            "learns": None if options.learning.lora is not None else dict(model.config.trainable),
+            "lora": options.learning.lora,
+            "metrics": result.metrics,
+            "broken_rows": getattr(rows.train, "broken", None),
+            **provenance(),
+        }
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         for name in record["broken_rows"] or []:
             print(f"Left out: {name}")

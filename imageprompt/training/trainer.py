@@ -4,20 +4,27 @@ Each part may have its own learning rate, batches may hold rows of like length, 
 answers.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from transformers.training_args import ParallelMode
+from transformers.utils import logging
 
 from ..modeling import ImagePromptForConditionalGeneration
+from ..pushing import push_folder
+from ..sharing import CardFacts
 from .arguments import ImagePromptTrainingArguments
 from .curves import SPEED
 from .scoring import check_metric, score_answers
 from .steady import SteadyTrainer
+
+logger = logging.get_logger(__name__)
 
 
 class ImagePromptTrainer(SteadyTrainer):
@@ -75,6 +82,64 @@ class ImagePromptTrainer(SteadyTrainer):
         if "learning_rate" in logs:
             logs |= self._logged_rates
         super().log(logs, start_time)
+
+    # --- the Hub
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **facts,
+    ) -> Any:
+        """As the library's, with the card of [`imageprompt.pushing.push_folder`], and nothing of the training's files.
+
+        Args:
+            facts: of [`imageprompt.sharing.CardFacts`]: `license`, `language`, `datasets`, `tags`, …
+
+        Returns:
+            The commit, or with `blocking=False` a future of it; `None` in all processes but the first.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        push = partial(
+            push_folder,
+            self.args.output_dir,
+            self.hub_model_id,
+            CardFacts(**facts),
+            commit_message=commit_message,
+            token=token,
+            revision=self.args.hub_revision if revision is None else revision,
+        )
+        return push() if blocking else HfApi().run_as_future(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the library's; of `hub_strategy="every_save"` only the model, and the next step waits for it.
+
+        A Hub that cannot be reached does not stop the training.
+        """
+        if self.args.hub_strategy != HubStrategy.EVERY_SAVE:
+            return super()._push_from_checkpoint(checkpoint_folder)
+        if not self.is_world_process_zero():
+            return None
+        try:
+            push_folder(
+                checkpoint_folder,
+                self.hub_model_id,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+            )
+        except (OSError, ValueError) as error:
+            logger.warning(f"Step {self.state.global_step} is not on the Hub: {error}")
 
     # --- batches
 

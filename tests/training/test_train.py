@@ -275,6 +275,10 @@ def test_broken_rows_are_left_out_named_and_recorded(folders, tokenizer, tmp_pat
     (source,) = record["data"]
     assert (source["dataset"], source["shuffle_rows"], source["train_split"]) == (data[1], None, "train")
     assert record["metrics"]["train_loss"] > 0 and "torch" in record["versions"]
+    (source,) = record["data"]
+    assert source["dataset"] == data[1] and source["train_split"] == "train" and not source["on_hub"]
+    assert record["rows"] == 6 and record["options"]["seed"] == 42
+    assert record["learns"] == {"vision": True, "connector": True, "text": True} and record["lora"] is None
     assert "Left out: Row 3 of" in capsys.readouterr().out
     with pytest.raises(ValueError, match="1 broken rows of 6; the last: Row 3 of"):
         main([*options(folders, tmp_path / "strict"), *data, "--suffix_column", "caption", "--max_broken_rows", "0"])
