@@ -94,6 +94,8 @@ class ImagePromptConfig(PreTrainedConfig):
         unused_parameters (`list[str]`, *optional*):
             The backbone's parameters behind its features, such as pooling heads, which can never learn; probed.
         tie_word_embeddings (`bool`, *optional*): share input embeddings and head; taken from `text_config`.
+        conv1d_as_linear (`bool`):
+            Hold GPT-2's `Conv1D` layers as `nn.Linear`, with the weights the other way round; set by quantised loading.
 
     Raises:
         ValueError: for unknown keywords, unknown timm names, impossible token counts or budgets.
@@ -125,6 +127,7 @@ class ImagePromptConfig(PreTrainedConfig):
     num_prefix_tokens: int | None = None
     unused_parameters: list[str] | None = None
     tie_word_embeddings: bool | None = None
+    conv1d_as_linear: bool = False
 
     hidden_size = _mirror("hidden_size")
     num_hidden_layers = _mirror("num_hidden_layers")

@@ -59,9 +59,10 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tokenizer, tmp_pat
 
 
 # Pages whose Python blocks run elsewhere: they need a server, the README's model, or are run as a whole.
-PYTHON_ELSEWHERE = ["generation.md", "serving.md", "training.md", *(f"{page}.md" for page in RECIPES)]
-# Each kind of command, tried below or in the tests of recipes, serving, training, language models and lmms-eval.
+PYTHON_ELSEWHERE = ["compression.md", "generation.md", "serving.md", "training.md", *(f"{page}.md" for page in RECIPES)]
+# Each kind of command, tried below or where its page is tested: recipes, compression, serving, training and others.
 COMMANDS_TRIED = [
+    ["imageprompt", "compress"],
     ["imageprompt", "evaluate"],
     ["accelerate", "launch"],
     ["imageprompt", "generate"],
@@ -70,6 +71,7 @@ COMMANDS_TRIED = [
     ["imageprompt", "train"],
     ["python", "-m"],
     ["python", "scripts/benchmark_preprocessing.py"],
+    ["python", "scripts/measure_compression.py"],
     ["python", "scripts/sweep_backbones.py"],
     ["python", "scripts/sweep_language_models.py"],
     ["python", "scripts/sweep_preprocessing.py"],

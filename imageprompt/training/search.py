@@ -19,7 +19,7 @@ from ..processing import ImagePromptProcessor
 from ..provenance import provenance
 from .arguments import Arguments, ImagePromptTrainingArguments, parse, refuse_unknown, with_options
 from .building import build_model
-from .running import TrainingRows, choose_what_learns
+from .running import TrainingRows, choose_what_learns, learning_callbacks
 from .trainer import ImagePromptTrainer
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def search(
         eval_dataset=rows.evaluation,
         data_collator=ImagePromptCollator(processor, max_length=options.data.max_length),
         processing_class=processor,
+        callbacks=learning_callbacks(options.learning),
     )
     storage = optuna.storages.InMemoryStorage()
     direction = "maximize" if better is max else "minimize"
