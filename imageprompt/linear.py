@@ -36,25 +36,25 @@ def finish_quantization(model: PreTrainedModel) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or quantizer.pre_quantized or quantizer.quantization_config.quant_method != "torchao":
         return
-    from torchao.quantization import FqnToConfig, quantize_
-
     kind = quantizer.quantization_config.quant_type
     if passed_over := replace_conv1d(model):
-        if isinstance(kind, FqnToConfig):
+        if type(kind).__name__ == "FqnToConfig":
             raise ValueError(
                 "`FqnToConfig` would quantise the weights of GPT-2's layers the wrong way round: pass one "
                 "configuration for all, and name what to leave out in `modules_to_not_convert`."
             )
         model.config.conv1d_as_linear = True
-    for name in passed_over:
-        if quantizer.param_needs_quantization(model, f"{name}.weight"):
-            layer = model.get_submodule(name)
+    for name in (f"{layer}.weight" for layer in passed_over):
+        if quantizer.param_needs_quantization(model, name):
+            weight = model.get_parameter(name)
             try:
-                quantize_(layer, kind)
+                quantizer.get_quantize_ops().convert(
+                    {name: weight.detach()}, model=model, full_layer_name=name, missing_keys=set()
+                )
             except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
                 raise ValueError(
-                    f"torchao cannot quantise {name} with {kind} on {layer.weight.device.type}: {error}. Its int4 "
-                    "layouts need a GPU; on a CPU choose an int8 configuration, or bitsandbytes for 4 bits."
+                    f"torchao cannot quantise {name} with {kind} on {weight.device.type}: {error}. Its int4 layouts "
+                    "need a GPU; on a CPU choose an int8 configuration, or bitsandbytes for 4 bits."
                 ) from error
     if not any(is_quantized(parameter) for parameter in model.parameters()):
         raise ValueError(

@@ -201,7 +201,16 @@ def test_loading_says_nothing_odd(saved, capfd, caplog):
 
 CODE = {
     f"{name}.py"
-    for name in ("configuration", "connectors", "fusion", "image_processing", "modeling", "processing", "vision")
+    for name in (
+        "configuration",
+        "connectors",
+        "fusion",
+        "image_processing",
+        "linear",
+        "modeling",
+        "processing",
+        "vision",
+    )
 }
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import picture, tiny, tiny_gpt2
+from conftest import picture, tiny
 from transformers import Trainer, TrainingArguments
 
 from imageprompt import ImagePromptCollator, ImagePromptForConditionalGeneration
@@ -148,12 +148,6 @@ def test_what_cannot_be_pruned_is_refused(parts, share, settings, message):
     with pytest.raises(ValueError, match=message):
         prune(parts[0], share, **settings)
     assert share_of_zeros(parts[0]) == 0
-
-
-def test_a_part_without_layers_is_refused(tokenizer):
-    model, _ = tiny(tokenizer, text_config=tiny_gpt2(n_layer=0))
-    with pytest.raises(ValueError, match="nothing to prune in text"):
-        prune(model, 0.5, ["text"])
 
 
 def test_zeros_to_keep_must_be_there(parts, tmp_path):

@@ -1,10 +1,15 @@
 """Quantised models: the right layers in integers, close to the original, and the same again after saving."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import max_difference, picture, tiny, tiny_gpt2
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, TorchAoConfig
 
@@ -280,6 +285,43 @@ def test_bitsandbytes_is_told_what_to_leave_out(saved):
     assert settings["quant_method"] == "bitsandbytes" and settings["load_in_4bit"] and not settings["load_in_8bit"]
     assert settings["bnb_4bit_quant_type"] == "nf4"
     assert settings["llm_int8_skip_modules"] == skipped_modules(["vision", "text"])
+
+
+REMOTE_SESSION = """
+import sys
+from remote_session import NotInstalled
+
+sys.meta_path.insert(0, NotInstalled())
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+folder, inputs, output = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+with torch.no_grad():
+    save_file({"logits": model(**load_file(inputs)).logits}, output)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_pain_12_a_quantised_model_loads_where_imageprompt_is_not_installed(saved, kind, tmp_path):
+    folder, inputs, _ = saved
+    model = load(folder, kind)
+    model.save_pretrained(tmp_path / "model")
+    save_file(dict(inputs), tmp_path / "inputs.safetensors")
+    arguments = [tmp_path / name for name in ("model", "inputs.safetensors", "logits.safetensors")]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run(
+        [sys.executable, "-c", REMOTE_SESSION, *arguments],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert torch.equal(load_file(arguments[-1])["logits"], logits_of(model, inputs))
 
 
 @pytest.mark.gpu
