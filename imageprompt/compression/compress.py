@@ -16,6 +16,9 @@ from ..provenance import provenance
 from .pruning import prune, share_of_zeros
 from .quantizing import quantization_config, quantized_layers, refuse_quantized
 
+# Weights lie elsewhere in memory when they are read, so that sums may round otherwise: as a part of the largest logit.
+_TOLERANCE = 1e-3
+
 
 def compress(
     model: str,
@@ -77,7 +80,7 @@ def compress(
             "Choose another kind, or fewer parts."
         ) from error
     reloaded = ImagePromptForConditionalGeneration.from_pretrained(output)
-    if not torch.equal(_logits(reloaded, inputs), logits):
+    if not _difference(_logits(reloaded, inputs), logits) <= _TOLERANCE:
         raise ValueError(f"The model in {output} is not the one that was written: do not use it.")
     report = {
         "model": model,
@@ -86,7 +89,7 @@ def compress(
         "bytes_after": sum(file.stat().st_size for file in output.glob("*.safetensors")),
         "quantized_layers": sorted(quantized_layers(reloaded)),
         "share_of_zeros": None if share is None else share_of_zeros(original, parts or PARTS),
-        "logit_difference": ((logits - expected).abs().max() / expected.abs().max()).item(),
+        "logit_difference": _difference(logits, expected),
         **provenance(),
     }
     (output / "compression.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -97,3 +100,8 @@ def compress(
 def _logits(model: ImagePromptForConditionalGeneration, inputs) -> torch.Tensor:
     with evaluating(model):
         return model(**inputs.to(model.device)).logits.float().cpu()
+
+
+def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest, as a part of the largest logit expected."""
+    return ((logits - expected).abs().max() / expected.abs().max()).item()

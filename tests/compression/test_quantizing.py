@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +50,24 @@ def logits_of(model, inputs):
     return model(**inputs).logits
 
 
+def saved_and_reloaded(model, folder, **settings):
+    """The model again from its files, every weight of it equal; to be called before the model has run."""
+    model.save_pretrained(folder)
+    reloaded = ImagePromptForConditionalGeneration.from_pretrained(folder, **settings)
+    weights, again = model.state_dict(), reloaded.state_dict()
+    assert weights.keys() == again.keys() and quantized_layers(model) == quantized_layers(reloaded)
+    for name, weight in weights.items():
+        of_torchao = type(weight).__module__.startswith("torchao")
+        pair = (weight.dequantize(), again[name].dequantize()) if of_torchao else (weight, again[name])
+        assert torch.equal(*pair), name
+    return reloaded
+
+
+def assert_close(logits, expected, limit=1e-3):
+    """Equal weights give logits that differ by the rounding of sums, which depends on where weights lie in memory."""
+    assert max_difference(logits, expected) <= limit * expected.abs().max()
+
+
 def load(folder, kind, parts=("text",), **settings):
     config = AutoConfig.from_pretrained(folder)
     return AutoModelForImageTextToText.from_pretrained(
@@ -65,13 +82,11 @@ def test_a_quantised_model_is_close_generates_and_comes_back_as_it_was(saved, ki
     layers = quantized_layers(model)
     assert set(layers) == {f"model.language_model.h.{block}.{name}" for block in (0, 1) for name in TEXT_LAYERS}
     assert set(layers.values()) == {{"torchao": "Int8Tensor", "bitsandbytes": "Params4bit"}[KINDS[kind]]}
-    model.save_pretrained(tmp_path)  # before it runs, see `compress`
+    reloaded = saved_and_reloaded(model, tmp_path)
     logits = logits_of(model, inputs)
     assert 0 < max_difference(logits, expected) < CLOSE[kind] * expected.abs().max()
-    for again in (ImagePromptForConditionalGeneration, AutoModelForImageTextToText):
-        reloaded = again.from_pretrained(tmp_path)
-        assert quantized_layers(reloaded) == layers
-        assert torch.equal(logits_of(reloaded, inputs), logits)
+    assert_close(logits_of(reloaded, inputs), logits)
+    assert_close(logits_of(AutoModelForImageTextToText.from_pretrained(tmp_path), inputs), logits)
     ids = model.generate(**inputs, max_new_tokens=5)
     assert torch.equal(ids, reloaded.generate(**inputs, max_new_tokens=5))
     assert ids.shape[1] == inputs["input_ids"].shape[1] + 5
@@ -80,7 +95,7 @@ def test_a_quantised_model_is_close_generates_and_comes_back_as_it_was(saved, ki
     base = ImagePromptModel.from_pretrained(tmp_path)
     with torch.no_grad():
         states = base(**inputs).last_hidden_state
-        assert torch.equal(reloaded.lm_head(states), logits)
+        assert_close(reloaded.lm_head(states), logits)
 
 
 def weight_of(layer):
@@ -105,7 +120,7 @@ def test_quantising_only_rounds(saved, kind):
     expected = logits_of(plain, inputs)
     # Activations are rounded to 8 bits, or by bitsandbytes to bfloat16 on a CPU that computes in it.
     limit = {"int8": 1e-5, "int8-dynamic": 0.05, "int4": 0.02}[kind]
-    assert max_difference(logits_of(model, inputs), expected) <= limit * expected.abs().max()
+    assert_close(logits_of(model, inputs), expected, limit)
 
 
 def test_files_are_smaller_by_what_was_quantised(saved, tmp_path):
@@ -141,10 +156,10 @@ def test_every_part_can_be_quantised(saved, kind, tmp_path):
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert set(quantized_layers(model)) == linear - {"lm_head"}
     assert any("vision_tower" in name for name in linear)
-    model.save_pretrained(tmp_path)
+    reloaded = saved_and_reloaded(model, tmp_path)
     logits = logits_of(model, inputs)
     assert 0 < max_difference(logits, expected) < 2 * CLOSE[kind] * expected.abs().max()
-    assert torch.equal(logits_of(ImagePromptForConditionalGeneration.from_pretrained(tmp_path), inputs), logits)
+    assert_close(logits_of(reloaded, inputs), logits)
 
 
 @pytest.mark.parametrize(
@@ -167,11 +182,10 @@ def test_other_connectors_and_fusion(tokenizer, tmp_path, settings, parts, named
     assert any(named in name for name in layers)
     of_connector = [name.startswith("model.connector") or ".crossattention." in name for name in layers]
     assert all(of_connector) if parts == ["connector"] else not any(of_connector)
-    quantised.save_pretrained(tmp_path / "small")
+    again = saved_and_reloaded(quantised, tmp_path / "small")
     logits = logits_of(quantised, inputs)
     assert 0 < max_difference(logits, expected) < 0.4 * expected.abs().max()
-    again = ImagePromptForConditionalGeneration.from_pretrained(tmp_path / "small")
-    assert torch.equal(logits_of(again, inputs), logits)
+    assert_close(logits_of(again, inputs), logits)
 
 
 def test_language_models_with_linear_layers(tokenizer, tmp_path):
@@ -194,10 +208,10 @@ def test_a_configuration_of_torchaos_own(saved, tmp_path):
     )
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert len(quantized_layers(model)) == 8 + 2 + 2 * 4  # of GPT-2, the connector and the tower
+    reloaded = saved_and_reloaded(model, tmp_path)
     logits = logits_of(model, inputs)
     assert 0 < max_difference(logits, expected) < 0.05 * expected.abs().max()
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits_of(ImagePromptForConditionalGeneration.from_pretrained(tmp_path), inputs), logits)
+    assert_close(logits_of(reloaded, inputs), logits)
 
 
 def test_quantised_weights_do_not_learn(saved):
@@ -289,9 +303,8 @@ def test_bitsandbytes_is_told_what_to_leave_out(saved):
 
 REMOTE_SESSION = """
 import sys
-from remote_session import NotInstalled
 
-sys.meta_path.insert(0, NotInstalled())
+sys.modules["imageprompt"] = None  # as where it is not installed
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -312,7 +325,7 @@ def test_pain_12_a_quantised_model_loads_where_imageprompt_is_not_installed(save
     model.save_pretrained(tmp_path / "model")
     save_file(dict(inputs), tmp_path / "inputs.safetensors")
     arguments = [tmp_path / name for name in ("model", "inputs.safetensors", "logits.safetensors")]
-    environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": ""}
     run = subprocess.run(
         [sys.executable, "-c", REMOTE_SESSION, *arguments],
         env=environment,
@@ -321,7 +334,8 @@ def test_pain_12_a_quantised_model_loads_where_imageprompt_is_not_installed(save
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert torch.equal(load_file(arguments[-1])["logits"], logits_of(model, inputs))
+    logits = logits_of(model, inputs)
+    assert_close(load_file(arguments[-1])["logits"], logits)
 
 
 @pytest.mark.gpu
@@ -329,10 +343,9 @@ def test_pain_12_a_quantised_model_loads_where_imageprompt_is_not_installed(save
 def test_on_a_gpu(saved, kind, tmp_path):
     folder, inputs, expected = saved
     model = load(folder, kind, device_map="cuda")
-    model.save_pretrained(tmp_path)
+    reloaded = saved_and_reloaded(model, tmp_path, device_map="cuda")
     inputs = inputs.to("cuda")
     logits = logits_of(model, inputs)
     assert 0 < max_difference(logits.cpu(), expected) < 2 * CLOSE[kind] * expected.abs().max()
-    reloaded = ImagePromptForConditionalGeneration.from_pretrained(tmp_path, device_map="cuda")
-    assert torch.equal(logits_of(reloaded, inputs), logits)
+    assert_close(logits_of(reloaded, inputs), logits)
     assert torch.equal(model.generate(**inputs, max_new_tokens=5), reloaded.generate(**inputs, max_new_tokens=5))
