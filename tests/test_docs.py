@@ -67,6 +67,7 @@ COMMANDS_TRIED = [
     ["accelerate", "launch"],
     ["imageprompt", "generate"],
     ["imageprompt", "pretrain"],
+    ["imageprompt", "quickstart"],
     ["imageprompt", "serve"],
     ["imageprompt", "train"],
     ["python", "-m"],
