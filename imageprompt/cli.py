@@ -141,6 +141,33 @@ def serve(context: typer.Context) -> None:
 
 
 @app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="Saved model: a local folder or Hub id.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the smaller model.")],
+    quantize: Annotated[str | None, typer.Option(help="int8, int8-dynamic or int4.")] = None,
+    prune: Annotated[float | None, typer.Option(help="Share of the weights to set to zero, such as 0.5.")] = None,
+    parts: Annotated[
+        list[str] | None,
+        typer.Option("--part", help="vision, connector or text; by default text is quantised, and all are pruned."),
+    ] = None,
+    scope: Annotated[
+        Literal["layer", "model"], typer.Option(help="Prune this share of each layer, or of all layers together.")
+    ] = "layer",
+) -> None:
+    """Quantise a model's weights, set a share of them to zero, or both; check what was saved."""
+    from .compression import compress
+
+    report = compress(model, output, quantize=quantize, share=prune, parts=parts, scope=scope)
+    if quantize is not None:
+        typer.echo(f"Quantised {len(report['quantized_layers'])} layers.")
+    if prune is not None:
+        typer.echo(f"{report['share_of_zeros']:.1%} of the weights of layers are zero.")
+    before, after = report["bytes_before"], report["bytes_after"]
+    typer.echo(f"{before / 1e6:.1f} MB became {after / 1e6:.1f} MB ({after / before:.0%}).")
+    typer.echo(f"Logits moved by {report['logit_difference']:.1%} of the largest. Saved to {output}.")
+
+
+@app.command()
 def doctor(
     model: Annotated[str, typer.Argument(help="Saved model, its config.json, or a backbone; a Hub id or local path.")],
     text: Annotated[

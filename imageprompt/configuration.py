@@ -96,6 +96,8 @@ class ImagePromptConfig(PreTrainedConfig):
         base_models (`dict[str, str]`, *optional*):
             Hub ids of the models whose weights the `"vision"` and `"text"` parts began with, as far as they are known.
         tie_word_embeddings (`bool`, *optional*): share input embeddings and head; taken from `text_config`.
+        conv1d_as_linear (`bool`):
+            Hold GPT-2's `Conv1D` layers as `nn.Linear`, with the weights the other way round; set by quantised loading.
 
     Raises:
         ValueError: for unknown keywords, unknown timm names, impossible token counts or budgets.
@@ -128,6 +130,7 @@ class ImagePromptConfig(PreTrainedConfig):
     unused_parameters: list[str] | None = None
     base_models: dict[str, str] | None = None
     tie_word_embeddings: bool | None = None
+    conv1d_as_linear: bool = False
 
     hidden_size = _mirror("hidden_size")
     num_hidden_layers = _mirror("num_hidden_layers")

@@ -37,6 +37,7 @@ from .fusion import (
     group_by_row,
     skip_positions_without_images,
 )
+from .linear import finish_quantization, is_quantized, replace_conv1d
 from .sharing import CardFacts, files_in, upload
 from .vision import FeatureShape, VisionTower, flatten_features, probe_features
 
@@ -126,9 +127,14 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """`PreTrainedModel.from_pretrained`, with the parts frozen that the configuration says are frozen."""
+        """`PreTrainedModel.from_pretrained`, with the parts frozen that the configuration says are frozen.
+
+        Raises:
+            ValueError: if a torchao configuration quantises nothing, or cannot be used on this device.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        finish_quantization(model)
         model.set_trainable(**model.config.trainable)  # the library loads every weight as one that learns
         model._suppress_placeholder()  # a checkpoint of the base model has no generation settings
         return loaded
@@ -148,8 +154,7 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
         self.config.trainable = dict.fromkeys(PARTS, True) | self.config.trainable | wanted
         for part, learns in wanted.items():
             for parameter in self._parts[part]:
-                # Quantised weights are integers and cannot learn.
-                parameter.requires_grad_(learns and parameter.is_floating_point())
+                parameter.requires_grad_(learns and parameter.is_floating_point() and not is_quantized(parameter))
         # What the features do not depend on gets no gradient, for which distributed training would wait.
         for name, parameter in self.base_model.vision_tower.timm_model.named_parameters():
             if name in self.config.unused_parameters:
@@ -183,6 +188,8 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         self.vision_tower = VisionTower._from_config(config.vision_config)
         self.connector = build_connector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.conv1d_as_linear:
+            replace_conv1d(self.language_model)
         if config.fusion == "cross_attention":
             skip_positions_without_images(self.language_model)
         # ALiBi models and others that count for themselves take no positions.

@@ -60,25 +60,29 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tokenizer, tmp_pat
 
 # Pages whose Python blocks run elsewhere: they need a server, the README's model, or are run as a whole.
 PYTHON_ELSEWHERE = [
+    "compression.md",
     "generation.md",
     "serving.md",
     "share-your-model.md",
     "training.md",
     *(f"{page}.md" for page in RECIPES),
 ]
-# Each kind of command, tried below or in the tests of recipes, pushing, serving, training, language models and
+# Each kind of command, tried below or in the tests of recipes, compression, pushing, serving, training, language models and
 # lmms-eval.
 COMMANDS_TRIED = [
+    ["imageprompt", "compress"],
     ["imageprompt", "evaluate"],
     ["accelerate", "launch"],
     ["imageprompt", "generate"],
     ["imageprompt", "pretrain"],
     ["imageprompt", "push"],
+    ["imageprompt", "quickstart"],
     ["imageprompt", "serve"],
     ["imageprompt", "train"],
     ["python", "-m"],
     ["python", "scripts/benchmark_preprocessing.py"],
     ["python", "scripts/compare_captioners.py"],
+    ["python", "scripts/measure_compression.py"],
     ["python", "scripts/sweep_backbones.py"],
     ["python", "scripts/sweep_language_models.py"],
     ["python", "scripts/sweep_preprocessing.py"],

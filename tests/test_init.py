@@ -55,4 +55,6 @@ def test_importing_prints_nothing_and_leaves_heavy_extras_alone():
         "print(sorted({'datasets', 'matplotlib', 'pycocoevalcap', 'sklearn', 'typer', 'peft'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (run.stdout.strip(), run.stderr) == ("[]", "")
+    # Where torchao is installed, transformers imports it, and torch comments on that.
+    printed = [line for line in run.stderr.splitlines() if "torch/utils/_pytree.py" not in line]
+    assert (run.stdout.strip(), printed) == ("[]", [])

@@ -206,6 +206,7 @@ CODE = {
         "connectors",
         "fusion",
         "image_processing",
+        "linear",
         "modeling",
         "processing",
         "sharing",

@@ -58,7 +58,7 @@ class ModelArguments(LanguageModelArguments):
 
 @dataclass
 class LearningArguments:
-    """What learns: whole parts, or small adapters (LoRA) in place of them."""
+    """What learns: whole parts, or small adapters (LoRA) in place of them; and whether zeros stay."""
 
     train_vision: bool | None = field(default=None, metadata={"help": "Whether the vision tower learns; as saved."})
     train_connector: bool | None = field(default=None, metadata={"help": "Whether the connector learns; as saved."})
@@ -69,6 +69,9 @@ class LearningArguments:
             "help": "Train LoRA adapters, and merge them at the end: fields of peft's LoraConfig, JSON: "
             '\'{"r": 16, "target_modules": ["c_attn"], "modules_to_save": ["connector"]}\'.'
         },
+    )
+    keep_zeros: bool = field(
+        default=False, metadata={"help": "Weights of layers that are zero, as pruning leaves them, stay zero."}
     )
 
 

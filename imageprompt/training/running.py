@@ -5,6 +5,9 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import TrainerCallback
+
+from ..compression import KeepZeros
 from ..data import ImagePromptCollator
 from ..data.arguments import data_facts
 from ..modeling import ImagePromptForConditionalGeneration
@@ -47,8 +50,11 @@ def choose_what_learns(model: ImagePromptForConditionalGeneration, args: Learnin
     """The model with the parts frozen that are not to learn, or with LoRA adapters in it.
 
     Raises:
-        ValueError: if nothing would learn, or LoRA is asked for and parts as well.
+        ValueError: if nothing would learn, the model is quantised, or LoRA is asked for and parts as well, or zeros
+            that it would fill.
     """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("Quantised weights do not learn: train the model that this one was made of, then compress it.")
     parts = {"vision": args.train_vision, "connector": args.train_connector, "text": args.train_text}
     if args.lora is not None:
         if given := [f"--train_{part}" for part, learns in parts.items() if learns is not None]:
@@ -56,11 +62,18 @@ def choose_what_learns(model: ImagePromptForConditionalGeneration, args: Learnin
                 f"--lora says what learns: leave out {', '.join(given)}, and name what is to learn as a whole in its "
                 "modules_to_save."
             )
+        if args.keep_zeros:
+            raise ValueError("--keep_zeros: adapters merged into the weights would fill the zeros. Leave out --lora.")
         return add_lora(model, json_object("--lora", args.lora))
     model.set_trainable(**parts)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("Every part is frozen: let at least the connector learn, with --train_connector true.")
     return model
+
+
+def learning_callbacks(args: LearningArguments) -> list[TrainerCallback]:
+    """What has to happen in every step for these arguments."""
+    return [KeepZeros()] if args.keep_zeros else []
 
 
 def run_training(
@@ -80,6 +93,7 @@ def run_training(
         eval_dataset=rows.evaluation,
         data_collator=ImagePromptCollator(processor, max_length=options.data.max_length),
         processing_class=processor,
+        callbacks=learning_callbacks(options.learning),
     )
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if options.learning.lora is not None:

@@ -20,7 +20,7 @@ from ..processing import ImagePromptProcessor
 from ..provenance import provenance
 from .arguments import Arguments, ImagePromptTrainingArguments, parse, refuse_unknown, with_options
 from .building import build_model
-from .running import TrainingRows, choose_what_learns
+from .running import TrainingRows, choose_what_learns, learning_callbacks
 from .trainer import ImagePromptTrainer, refuse_rates_of_frozen_parts
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def search(
         eval_dataset=rows.evaluation,
         data_collator=ImagePromptCollator(processor, max_length=options.data.max_length),
         processing_class=processor,
+        callbacks=learning_callbacks(options.learning),
     )
     first = {name: tried[0] if isinstance(tried, list) else tried["low"] for name, tried in space.items()}
     refuse_rates_of_frozen_parts(trainer.model, parse(with_options(argv, first)).training)
