@@ -47,16 +47,31 @@ def check_format(file: str, saved_format: Any, unknown: Collection[str] = ()) ->
     )
 
 
-def check_weight_files(folder: Path, pickles: bool) -> None:
-    """Refuse a folder whose weights are pickles, or whose index points elsewhere than to files beside it.
+@contextmanager
+def reading(source: Any, subfolder: str = "", *, pickles: bool = False) -> Iterator[None]:
+    """Refuse files before the library reads them, and name those that it could not read.
 
     Args:
-        folder: of a checkpoint.
+        source: where the library looks, a folder or a Hub id; `None` for weights from memory.
+        subfolder: of it.
         pickles: allow pickles, which `torch.load` reads with `weights_only=True`.
 
     Raises:
-        ValueError: naming the files.
+        ValueError: naming the files that are pickles, broken or outside the folder.
     """
+    folder = Path(source or "", subfolder)
+    local = source is not None and folder.is_dir()
+    if local:
+        _check_names(folder, pickles)
+    try:
+        yield
+    except SafetensorError as error:
+        files = sorted(folder.glob("*.safetensors")) if local else []
+        broken = listed(fault for file in files if (fault := _fault(file))) or f"A safetensors file is broken ({error})"
+        raise ValueError(f"{source} cannot be loaded. {broken}. Copy or download it again.") from error
+
+
+def _check_names(folder: Path, pickles: bool) -> None:
     names = sorted(path.name for path in folder.iterdir())
     pickled = [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
     if pickled and not pickles and not any(".safetensors" in name for name in names):
@@ -85,25 +100,15 @@ def _check_index(path: Path) -> None:
         raise ValueError(f"{path} names {listed(foreign)}, which is no safetensors file: nothing was read.")
 
 
-@contextmanager
-def naming_broken_files(source: Any, folder: Path | None) -> Iterator[None]:
-    """Say which safetensors file could not be read, and why."""
-    try:
-        yield
-    except SafetensorError as error:
-        files = sorted(folder.glob("*.safetensors")) if folder else []
-        broken = listed(fault for file in files if (fault := _fault(file))) or f"A safetensors file ({error})"
-        raise ValueError(f"{source} cannot be loaded. {broken}. Copy or download it again.") from error
-
-
 def _fault(path: Path) -> str | None:
     try:
         with safe_open(path, "pt"):
             return None
     except SafetensorError as error:
         with path.open("rb") as file:
-            start = file.read(2)
-        if start == b"PK" or start[:1] == b"\x80":  # torch's archives, and plain pickles
+            start = file.read(8)
+        # torch's archives, and plain pickles; safetensors begin with the length of their header, which is no such size
+        if start.startswith(b"PK\x03\x04") or (start.startswith(b"\x80") and any(start[4:])):
             return f"{path.name} is a pickle under a false name, and was not unpickled"
         return f"{path.name} is broken or cut short ({error})"
 

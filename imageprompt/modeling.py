@@ -15,7 +15,6 @@ from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from transformers.models.auto import AutoModel
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .checkpoints import check_loaded, check_weight_files, naming_broken_files
+from .checkpoints import check_loaded, reading
 from .configuration import IGNORE_INDEX, PARTS, ImagePromptConfig
 from .connectors import build_connector
 from .fusion import (
@@ -146,12 +145,7 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
         any_size = kwargs.pop("ignore_mismatched_sizes", False)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
-        folder = None if source is None else Path(source, kwargs.get("subfolder", ""))
-        if folder is None or not folder.is_dir():
-            folder = None
-        else:
-            check_weight_files(folder, pickles=not kwargs["use_safetensors"])
-        with naming_broken_files(source, folder):
+        with reading(source, kwargs.get("subfolder", ""), pickles=not kwargs["use_safetensors"]):
             # The library would refuse other shapes without saying which: here `check_loaded` does.
             model, report = super().from_pretrained(
                 source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
