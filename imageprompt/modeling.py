@@ -15,6 +15,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,9 +148,10 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
             kwargs["use_safetensors"] = True
         with reading(source, kwargs.get("subfolder", ""), pickles=not kwargs["use_safetensors"]):
             # The library would refuse other shapes without saying which: here `check_loaded` does.
-            model, report = super().from_pretrained(
+            loaded: Any = super().from_pretrained(  # declared to be a model, with or without a report
                 source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
+        model, report = loaded
         check_loaded(source, model, report, strict, any_size)
         model.set_trainable(**model.config.trainable)  # the library loads every weight as one that learns
         model._suppress_placeholder()  # a checkpoint of the base model has no generation settings
