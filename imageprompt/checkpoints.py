@@ -23,6 +23,9 @@ logger = logging.get_logger(__name__)
 # tests/checkpoints/ keeps checkpoints of each.
 FORMAT_VERSION = 1
 
+# In bytes. A safetensors file begins with this length, and the library's reader takes no more.
+_LONGEST_HEADER = 100_000_000
+
 
 def check_format(file: str, saved_format: Any, unknown: Collection[str] = ()) -> None:
     """Refuse settings of a newer version of this package; of other tools, name them in a warning.
@@ -107,8 +110,8 @@ def _fault(path: Path) -> str | None:
     except SafetensorError as error:
         with path.open("rb") as file:
             start = file.read(8)
-        # torch's archives, and plain pickles; safetensors begin with the length of their header, which is no such size
-        if start.startswith(b"PK\x03\x04") or (start.startswith(b"\x80") and any(start[4:])):
+        too_long = int.from_bytes(start, "little") > _LONGEST_HEADER
+        if start.startswith(b"PK\x03\x04") or (start.startswith(b"\x80") and too_long):  # torch's archives; pickles
             return f"{path.name} is a pickle under a false name, and was not unpickled"
         return f"{path.name} is broken or cut short ({error})"
 
