@@ -23,8 +23,16 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
+from .checkpoints import FORMAT_VERSION, check_format
 from .connectors import build_connector, connector_class, resolve_num_image_tokens
-from .vision import PREPROCESSING_KEYS, Backbone, probe_features, registered_backbone, resolve_backbone
+from .vision import (
+    PREPROCESSING_KEYS,
+    Backbone,
+    probe_features,
+    refuse_other_sources,
+    registered_backbone,
+    resolve_backbone,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -98,6 +106,7 @@ class ImagePromptConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, *optional*): share input embeddings and head; taken from `text_config`.
         conv1d_as_linear (`bool`):
             Hold GPT-2's `Conv1D` layers as `nn.Linear`, with the weights the other way round; set by quantised loading.
+        format_version (`int`): what a checkpoint was written in; always the present one once it is read.
 
     Raises:
         ValueError: for unknown keywords, unknown timm names, impossible token counts or budgets.
@@ -131,6 +140,7 @@ class ImagePromptConfig(PreTrainedConfig):
     base_models: dict[str, str] | None = None
     tie_word_embeddings: bool | None = None
     conv1d_as_linear: bool = False
+    format_version: int = FORMAT_VERSION
 
     hidden_size = _mirror("hidden_size")
     num_hidden_layers = _mirror("num_hidden_layers")
@@ -140,6 +150,8 @@ class ImagePromptConfig(PreTrainedConfig):
     use_cache = _mirror("use_cache")
 
     def __post_init__(self, **kwargs):
+        check_format("The configuration", self.format_version)
+        self.format_version = FORMAT_VERSION
         self._refuse_unknown(kwargs)
         # The caller's stay as they are; the library writes into sub-configurations.
         self.vision_config, self.text_config = copy.deepcopy(self.vision_config), copy.deepcopy(self.text_config)
@@ -195,19 +207,18 @@ class ImagePromptConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As the library's; keys that this version does not know do nothing, and a warning names them.
 
-        Other tools and later versions write such keys, and a checkpoint must still load. They are kept, except those
-        that would pass for something of ours, or for generation settings, which a configuration may not save.
+        Other tools write such keys, and a checkpoint must still load. They are kept, except those that would pass for
+        something of ours, or for generation settings, which a configuration may not save.
 
         Raises:
-            ValueError: if this is the configuration of another kind of model.
+            ValueError: if this is the configuration of another kind of model, or of a newer version of this package.
         """
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"This is a {config_dict['model_type']!r} checkpoint, not one of imageprompt; `compose` makes it one."
             )
         foreign = {key: value for key, value in config_dict.items() if not cls._knows(key)}
-        if foreign:
-            logger.warning(f"This version of imageprompt makes no use of {', '.join(sorted(foreign))} in config.json.")
+        check_format("config.json", config_dict.get("format_version"), foreign.keys())
         loaded = super().from_dict({key: config_dict[key] for key in config_dict.keys() - foreign.keys()}, **kwargs)
         for key, value in foreign.items():
             if not hasattr(cls, key) and (key.endswith("_token_id") or key not in GenerationConfig().to_dict()):
@@ -255,6 +266,7 @@ class ImagePromptConfig(PreTrainedConfig):
         vision = self.vision_config
         if vision.model_type != "timm_wrapper":
             raise ValueError(f"`vision_config` must be a timm_wrapper configuration, not {vision.model_type!r}.")
+        refuse_other_sources(vision.architecture, vision.model_args)
         given = getattr(vision, "pretrained_cfg", None) or {}
         if not given.keys() >= set(PREPROCESSING_KEYS):
             backbone = registered_backbone(

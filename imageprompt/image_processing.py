@@ -23,6 +23,8 @@ from transformers.image_utils import ImageInput, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
+from .checkpoints import FORMAT_VERSION, check_format
+
 _INTERPOLATIONS = {
     "nearest": PILImageResampling.NEAREST,
     "bilinear": PILImageResampling.BILINEAR,
@@ -95,6 +97,24 @@ class ImagePromptImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self._set_attributes(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
+        """As the library's, for settings that this version reads.
+
+        Raises:
+            ValueError: if a newer version of this package wrote them.
+        """
+        settings = dict(image_processor_dict)
+        if settings.get("rescale_factor") == 1 / 255:  # the first versions wrote down what is always done
+            del settings["rescale_factor"]
+        known = {"auto_map", "image_processor_type", "processor_class", *ImagePromptImageKwargs.__annotations__}
+        check_format("the image processor's settings", settings.pop("format_version", None), settings.keys() - known)
+        return super().from_dict(settings, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, with the format in which they are written."""
+        return super().to_dict() | {"format_version": FORMAT_VERSION}
 
     @classmethod
     def from_pretrained_cfg(cls, pretrained_cfg: dict[str, Any]) -> "ImagePromptImageProcessor":

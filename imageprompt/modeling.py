@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
+from os import PathLike
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from transformers.models.auto import AutoModel
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from .checkpoints import check_loaded, reading
 from .configuration import IGNORE_INDEX, PARTS, ImagePromptConfig
 from .connectors import build_connector
 from .fusion import (
@@ -126,18 +129,39 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
         return parts | {"text": list(text)}
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """`PreTrainedModel.from_pretrained`, with the parts frozen that the configuration says are frozen.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike | None, *args, strict: bool = True, **kwargs
+    ):
+        """`PreTrainedModel.from_pretrained` that never starts a weight from random values unasked.
+
+        The parts are frozen that the configuration says are frozen.
+
+        Args:
+            strict: refuse a checkpoint that lacks tensors of this model, or has others besides. `False` is the
+                library's way: what is missing is random, what is too much is left out, and a warning lists both.
+            kwargs: the library's. Other files than safetensors are read with `use_safetensors=False` alone, tensors
+                of another shape are made anew with `ignore_mismatched_sizes=True`.
 
         Raises:
-            ValueError: if a torchao configuration quantises nothing, or cannot be used on this device.
+            ValueError: for files that are broken, pickles or outside the folder, and for weights of another model,
+                with the names of files and tensors; if a torchao configuration quantises nothing, or cannot be used
+                on this device.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        source, with_report = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        any_size = kwargs.pop("ignore_mismatched_sizes", False)
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        with reading(source, kwargs.get("subfolder", ""), pickles=not kwargs["use_safetensors"]):
+            # The library would refuse other shapes without saying which: here `check_loaded` does.
+            loaded: Any = super().from_pretrained(  # declared to be a model, with or without a report
+                source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        model, report = loaded
+        check_loaded(source, model, report, strict, any_size)
         finish_quantization(model)
         model.set_trainable(**model.config.trainable)  # the library loads every weight as one that learns
         model._suppress_placeholder()  # a checkpoint of the base model has no generation settings
-        return loaded
+        return (model, report) if with_report else model
 
     def _suppress_placeholder(self) -> None:
         """A placeholder is no word: by default it is not generated."""
@@ -182,6 +206,8 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
 
 class ImagePromptModel(ImagePromptPreTrainedModel):
     """Vision tower, connector and language model, without a head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # of a checkpoint with a head
 
     def __init__(self, config: ImagePromptConfig):
         super().__init__(config)

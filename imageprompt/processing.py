@@ -5,15 +5,20 @@ say, flat and nested image lists, rows without images, and `suffix` (PaliGemma's
 which `labels` are made.
 """
 
+import inspect
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import PROCESSOR_NAME
 
+from .checkpoints import FORMAT_VERSION, check_format
 from .configuration import IGNORE_INDEX
 from .image_processing import ImagePromptImageProcessor
 from .sharing import files_in, upload
@@ -68,12 +73,41 @@ class ImagePromptProcessor(ProcessorMixin):
                 "The tokenizer has no `image_token`. `imageprompt.compose` adds one; by hand: "
                 '`AutoTokenizer.from_pretrained(path, extra_special_tokens={"image_token": "<image>"})`.'
             )
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError(
+                "The tokenizer has no vocabulary besides its special tokens: the files that hold it, such as "
+                "tokenizer.json, are missing from its folder."
+            )
         if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
             raise ValueError(f"`num_image_tokens` is the model's `config.image_seq_length`, got {num_image_tokens}.")
         self.num_image_tokens = num_image_tokens
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.image_token_id
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As the library's, for settings that this version reads.
+
+        Raises:
+            FileNotFoundError: naming a file that is missing from a local folder.
+            ValueError: if a newer version of this package wrote them.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        for name in (PROCESSOR_NAME, TOKENIZER_CONFIG_FILE):
+            if folder.is_dir() and not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder} has no {name}: a model may have been saved without its processor, which "
+                    "`processor.save_pretrained` puts beside it."
+                )
+        settings, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        known = {"auto_map", "format_version", "processor_class", *inspect.signature(cls).parameters}
+        check_format(PROCESSOR_NAME, settings.pop("format_version", None), settings.keys() - known)
+        return settings, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, with the format in which they are written."""
+        return super().to_dict() | {"format_version": FORMAT_VERSION}
 
     def __call__(
         self, images: Any = None, text: Any = None, suffix: str | list[str] | None = None, **kwargs

@@ -23,6 +23,9 @@ from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperMo
 # What `resolve_data_config` resolves: the whole of timm's evaluation preprocessing.
 PREPROCESSING_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
+# Keywords of `timm.create_model` that read files or the Hub.
+_OTHER_SOURCES = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+
 
 @dataclass
 class Backbone:
@@ -190,6 +193,22 @@ def _read_timm_hub(hub_id: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
         raise ValueError(
             f"{_unknown_name(hub_id)} And the Hub gives no timm config.json for it ({type(error).__name__}: {error})."
         ) from error
+
+
+def refuse_other_sources(architecture: str, model_args: dict[str, Any] | None) -> None:
+    """Refuse a configuration that makes timm read other files than the checkpoint's.
+
+    Raises:
+        ValueError: naming the architecture or the keywords.
+    """
+    if not timm.is_model(architecture):  # "hf-hub:…" and "local-dir:…" are none
+        raise ValueError(f"{_unknown_name(architecture)} A checkpoint names one of timm's own.")
+    sources = sorted((model_args or {}).keys() & set(_OTHER_SOURCES))
+    if sources:
+        raise ValueError(
+            f"`model_args` holds {', '.join(sources)}: a configuration describes the backbone alone. Its weights come "
+            "from the checkpoint, or from `compose(..., pretrained=True)`."
+        )
 
 
 def _unknown_name(name: str) -> str:

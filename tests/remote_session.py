@@ -18,7 +18,8 @@ class NotInstalled(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
-def main(checkpoint, result, resaved=None):
+def hide_package():
+    """From here on, nothing of imageprompt can be imported."""
     sys.meta_path.insert(0, NotInstalled())
     try:
         importlib.util.find_spec("imageprompt")
@@ -26,6 +27,10 @@ def main(checkpoint, result, resaved=None):
         pass
     else:
         raise AssertionError("imageprompt can be imported: this process proves nothing")
+
+
+def main(checkpoint, result, resaved=None):
+    hide_package()
 
     import numpy as np
     import torch

@@ -67,8 +67,7 @@ PYTHON_ELSEWHERE = [
     "training.md",
     *(f"{page}.md" for page in RECIPES),
 ]
-# Each kind of command, tried below or in the tests of recipes, compression, pushing, serving, training, language models and
-# lmms-eval.
+# Each kind of command, tried below or where its page is tested.
 COMMANDS_TRIED = [
     ["imageprompt", "compress"],
     ["imageprompt", "evaluate"],

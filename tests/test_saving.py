@@ -199,20 +199,19 @@ def test_loading_says_nothing_odd(saved, capfd, caplog):
 
 # --- remote code
 
-CODE = {
-    f"{name}.py"
-    for name in (
-        "configuration",
-        "connectors",
-        "fusion",
-        "image_processing",
-        "linear",
-        "modeling",
-        "processing",
-        "sharing",
-        "vision",
-    )
-}
+MODULES = [
+    "checkpoints",
+    "configuration",
+    "connectors",
+    "fusion",
+    "image_processing",
+    "linear",
+    "modeling",
+    "processing",
+    "sharing",
+    "vision",
+]
+CODE = {f"{name}.py" for name in MODULES}
 
 
 def test_pain_12_every_file_of_the_code_is_in_the_checkpoint(saved):
@@ -229,7 +228,8 @@ def test_pain_12_every_file_of_the_code_is_in_the_checkpoint(saved):
 
 @pytest.mark.parametrize("name", sorted(CODE))
 def test_pain_12_the_code_imports_siblings_and_declared_libraries_only(saved, name):
-    allowed = {"torch", "transformers", "timm", "PIL", "numpy", "huggingface_hub", "yaml"} | sys.stdlib_module_names
+    allowed = {"torch", "transformers", "timm", "PIL", "numpy", "huggingface_hub", "safetensors", "yaml"}
+    allowed |= sys.stdlib_module_names
     for node in ast.walk(ast.parse((saved[0] / name).read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1 and f"{node.module}.py" in CODE

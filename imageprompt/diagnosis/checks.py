@@ -4,7 +4,7 @@ They ask the code that will run (the processor, `from_pretrained`, peft, a forwa
 where that code has some.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import timm
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from ..checkpoints import listed
 from ..configuration import ImagePromptConfig
 from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
@@ -112,7 +113,7 @@ def check_weights(folder: Path) -> Iterator[Check]:
     try:
         with quiet():
             _, found = ImagePromptForConditionalGeneration.from_pretrained(
-                folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+                folder, device_map="meta", output_loading_info=True, strict=False, ignore_mismatched_sizes=True
             )
     except Exception as error:  # broken files raise what their readers please
         yield Check("weights", "error", str(error))
@@ -122,19 +123,14 @@ def check_weights(folder: Path) -> Iterator[Check]:
         for name, saved, needed in found["mismatched_keys"]
     ]
     if wrong:
-        yield Check("weights", "error", f"{_some(wrong)}. The files are of another model than config.json.")
+        yield Check("weights", "error", f"{listed(wrong)}. The files are of another model than config.json.")
     if found["missing_keys"]:
         mend = "They would start from random values: save the whole model."
-        yield Check("weights", "error", f"The files lack {_some(found['missing_keys'])}. {mend}")
+        yield Check("weights", "error", f"The files lack {listed(found['missing_keys'])}. {mend}")
     if found["unexpected_keys"]:
-        yield Check("weights", "warning", f"The model has no place for {_some(found['unexpected_keys'])}.")
+        yield Check("weights", "warning", f"The model has no place for {listed(found['unexpected_keys'])}.")
     if not any(found.values()):
         yield Check("weights", "ok", "names and shapes in the files are the model's")
-
-
-def _some(names: Iterable[str]) -> str:
-    first, rest = sorted(names)[:3], len(list(names)) - 3
-    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
 
 
 def add_lora(model: ImagePromptForConditionalGeneration, plan: Plan) -> Iterator[Check]:
