@@ -59,10 +59,11 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tokenizer, tmp_pat
 
 
 # Pages whose Python blocks run elsewhere: they need a server, the README's model, or are run as a whole.
-PYTHON_ELSEWHERE = ["generation.md", "serving.md", "training.md", *(f"{page}.md" for page in RECIPES)]
-# Each kind of command, tried below or in the tests of recipes, serving, training, language models and lmms-eval.
+PYTHON_ELSEWHERE = ["export.md", "generation.md", "serving.md", "training.md", *(f"{page}.md" for page in RECIPES)]
+# Each kind of command, tried below or in the tests of recipes, export, serving, training, language models, lmms-eval.
 COMMANDS_TRIED = [
     ["imageprompt", "evaluate"],
+    ["imageprompt", "export"],
     ["accelerate", "launch"],
     ["imageprompt", "generate"],
     ["imageprompt", "pretrain"],

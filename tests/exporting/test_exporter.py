@@ -1,0 +1,355 @@
+"""Exported graphs against the model: logits, tokens, the page's commands, and what is refused."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import batch_inputs, picture, tiny, tiny_gpt2
+from transformers import LlamaConfig, MistralConfig
+from typer.testing import CliRunner
+
+from imageprompt import ImagePromptForConditionalGeneration, ImagePromptProcessor
+from imageprompt.cli import app
+from imageprompt.exporting import OnnxModel, TorchModel, exporter
+from imageprompt.exporting.exporter import export
+from imageprompt.exporting.graphs import ImageGraph, decoder_graph, image_graph, trace
+
+for package in exporter.ONNX_PACKAGES:
+    pytest.importorskip(package, reason="exporting to ONNX needs imageprompt[export]")
+
+import onnxruntime  # noqa: E402
+
+PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+# A CNN in the text, and a vision transformer beside it.
+KINDS = {
+    "prefix": {"layout": "NCHW", "connector": "mlp"},
+    "cross_attention": {"layout": "NLC", "connector": "attention_pool"},
+}
+# Rows of (images, text): several images, none, one; their lengths differ, so there is padding.
+ROWS = [
+    ([picture(0), picture(1)], "A photo <image> of <image> two"),
+    ([], "What is it? It is"),
+    ([picture(2)], "dog"),
+    ([], "Two cats"),
+]
+BATCHES = {"a row": ROWS[:1], "a row without images": ROWS[1:2], "rows without images": ROWS[1::2], "mixed rows": ROWS}
+NEW_TOKENS = 8
+
+
+def one_thread() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return options
+
+
+def lively(tokenizer, **settings):
+    """A tiny model from weights so large that its answers vary."""
+    settings = {"text_config": tiny_gpt2(initializer_range=0.3)} | settings
+    return tiny(tokenizer, **settings)
+
+
+def save(folder, *parts) -> str:
+    for part in parts:
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(request, tokenizer, tmp_path_factory) -> SimpleNamespace:
+    """A model, its processor, and the folder that the page's command makes of it."""
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    model, processor = lively(tokenizer, fusion=request.param, **KINDS[request.param])
+    # An end that comes early in some rows and not in others.
+    ids = model.generate(**batch_inputs(processor, ROWS), max_new_tokens=NEW_TOKENS)
+    model.generation_config.eos_token_id = [model.generation_config.eos_token_id, int(ids[0, -NEW_TOKENS + 2])]
+    save(folder / "runs" / "captioner", model, processor)
+    (command,) = re.findall(r"^imageprompt (export runs.*)$", PAGE.read_text(), re.MULTILINE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = CliRunner().invoke(app, shlex.split(command))
+    assert result.exit_code == 0, result.output
+    return SimpleNamespace(
+        model=model,
+        processor=processor,
+        root=folder,
+        folder=folder / "exported",
+        printed=result.output,
+        runners=[OnnxModel(folder / "exported", session_options=one_thread()), TorchModel(folder / "exported")],
+    )
+
+
+def test_the_command_prints_the_difference_that_it_found(exported):
+    found = dict(re.findall(r"^(\w+): .* (\S+)$", exported.printed, re.MULTILINE))
+    written = json.loads((exported.folder / "export.json").read_text())["verified"]
+    assert found == {kind: f"{difference:.2g}" for kind, difference in written.items()}
+    assert found.keys() == {"onnx", "torch"}
+    assert max(written.values()) <= 1e-5
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@torch.no_grad()
+def test_logits_are_the_models(exported, batch):
+    inputs = batch_inputs(exported.processor, BATCHES[batch])
+    expected = exported.model(**inputs).logits.numpy()
+    for runner in exported.runners:
+        logits = runner.read(**inputs, all_logits=True).logits
+        difference = np.abs(logits - expected)[inputs["attention_mask"] == 1]
+        assert difference.max() <= 1e-5 < np.abs(expected).max()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_pain_24_greedy_answers_are_the_models_token_by_token(exported, batch):
+    inputs = batch_inputs(exported.processor, BATCHES[batch])
+    expected = exported.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1).numpy()
+    if batch == "mixed rows":
+        new = expected[:, -NEW_TOKENS:]
+        ends = exported.model.generation_config.eos_token_id
+        assert len({tuple(row) for row in new}) == len(ROWS) and len(set(new.flat)) > NEW_TOKENS
+        assert len({np.isin(row, ends).argmax() for row in new}) > 1  # rows end at different places, or not at all
+    for runner in exported.runners:
+        np.testing.assert_array_equal(runner.generate(**inputs, max_new_tokens=NEW_TOKENS), expected)
+
+
+def test_the_length_is_that_of_the_generation_settings(exported, tmp_path):
+    inputs = batch_inputs(exported.processor, ROWS[1:2])
+    runner = exported.runners[0]
+    for setting, count in ((3, 3), (None, 20)):
+        runner.generation = {"eos_token_id": 399, "max_new_tokens": setting}
+        runner.generation["suppress_tokens"] = [399]
+        assert runner.generate(**inputs).shape[1] == inputs["input_ids"].shape[1] + count
+    runner.generation = json.loads((exported.folder / "generation_config.json").read_text())
+
+
+def test_graphs_name_their_dimensions_as_the_description_does(exported):
+    described = json.loads((exported.folder / "export.json").read_text())["graphs"]
+    for name, session in exported.runners[0].sessions.items():
+        for part, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+            # Sums of dimensions come in any order.
+            shapes = {value.name: [tuple(sorted(str(size).split(" + "))) for size in value.shape] for value in values}
+            assert shapes == {
+                key: [tuple(sorted(str(size).split(" + "))) for size in spec["shape"]]
+                for key, spec in described[name][part].items()
+            }
+            assert all(
+                described[name][part][value.name]["dtype"].rstrip("0123456789") in value.type for value in values
+            )
+
+
+def test_each_file_holds_the_weights_of_its_part_alone(exported):
+    base = exported.model.model
+    cross = [block.crossattention.c_attn for block in base.language_model.h if hasattr(block, "crossattention")]
+    shown = [tensor for part in (base.vision_tower, base.connector, *cross) for tensor in part.parameters()]
+    for name, parameters in (("vision", shown), ("decoder", list(base.language_model.parameters()))):
+        size = 4 * sum(parameter.numel() for parameter in parameters)
+        stored = [
+            (exported.folder / f"{name}.onnx.data").stat().st_size,
+            (exported.folder / f"{name}.pt2").stat().st_size,
+        ]
+        # Graphs, constants and the archive's own come on top.
+        assert 0.8 * size < min(stored) and max(stored) < size + 1e6
+
+
+def test_the_folder_loads_as_a_processor(exported):
+    processor = ImagePromptProcessor.from_pretrained(exported.folder)
+    again, first = batch_inputs(processor, ROWS), batch_inputs(exported.processor, ROWS)
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_the_pages_programs_run(exported, monkeypatch, capsys):
+    """The first with the package; the others in new processes that have neither it nor transformers, one not torch."""
+    monkeypatch.chdir(exported.root)
+    for seed, name in enumerate(("photo.jpg", "other.jpg")):
+        picture(seed).save(name)
+    with_package, without_torch, with_torch = re.findall(
+        r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL
+    )
+    namespace: dict = {}
+    exec(compile(with_package, "export.md", "exec"), namespace)
+    inputs = {name: torch.from_numpy(array) for name, array in namespace["inputs"].items()}
+    expected = exported.model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    assert namespace["ids"].tolist() == expected.tolist()
+    capsys.readouterr()
+
+    for program, missing in ((without_torch, ["torch"]), (with_torch, ["onnxruntime"])):
+        blocked = [*missing, "imageprompt", "transformers", "timm"]
+        block = f"import sys\nsys.modules.update(dict.fromkeys({blocked}))\n"
+        process = subprocess.run(
+            [sys.executable, "-c", block + program], cwd=exported.folder, capture_output=True, text=True
+        )
+        assert process.returncode == 0, process.stderr
+        if missing == ["torch"]:
+            row = exported.processor(images=picture(0), text="A photo of", return_tensors="pt")
+            row["pixel_values"] = inputs["pixel_values"][:1]  # of the stored photo
+            ids = exported.model.generate(**row, max_new_tokens=20, do_sample=False)
+            shown = exported.processor.batch_decode(ids, skip_special_tokens=True)[0]
+            assert process.stdout.strip() == shown.strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_values": np.zeros((3, 3, 32, 64), np.float32)}, r"\(images, 3, 64, 64\), not \(3, 3, 32, 64\)"),
+        ({"pixel_values": np.zeros((2, 3, 64, 64), np.float32)}, "placeholders for 2 images"),
+        ({"pixel_values": None}, "placeholders for 0 images"),
+        ({"attention_mask": np.eye(4)}, "pad on the left"),
+        ({"max_new_tokens": 255}, "and 255 new ones need more than the model's 256 positions"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(exported, change, message):
+    inputs = batch_inputs(exported.processor, ROWS)
+    for runner in exported.runners:
+        with pytest.raises(ValueError, match=message):
+            runner.generate(**{**inputs, **change})
+
+
+def test_padding_on_the_right_is_refused(exported):
+    inputs = {name: tensor.flip(1) for name, tensor in batch_inputs(exported.processor, ROWS[1::2]).items()}
+    assert not inputs["attention_mask"].all()
+    with pytest.raises(ValueError, match="pad on the left"):
+        exported.runners[0].generate(**inputs)
+
+
+CONNECTORS = {
+    "pixel_shuffle": {"num_image_tokens": None},
+    "resampler": {"connector_args": {"depth": 1}},
+    "clipcap_mlp": {},
+    "clipcap_transformer": {"connector_args": {"depth": 1}},
+    "pool": {},
+}
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+@torch.no_grad()
+def test_every_connector_goes_into_the_vision_graph(connector, tokenizer, tmp_path):
+    settings = {"model_args": {"depth": 1, "embed_dim": 48, "num_heads": 2}} | CONNECTORS[connector]
+    model, _ = tiny(tokenizer, "NLC", connector=connector, **settings)
+    model.requires_grad_(False)
+    exporter._write(image_graph(model), tmp_path / "vision", ["onnx", "torch"])
+    session = onnxruntime.InferenceSession(str(tmp_path / "vision.onnx"), one_thread())
+    program = torch.export.load(tmp_path / "vision.pt2").module()
+    for count in (1, 3):
+        pixels = torch.randn(count, 3, 64, 64)
+        expected = model.get_image_features(pixels).pooler_output
+        for (tokens,) in (program(pixels), session.run(None, {"pixel_values": pixels.numpy()})):
+            assert tokens.shape == (count, model.config.num_image_tokens, 32)
+            assert np.abs(np.asarray(tokens) - expected.numpy()).max() <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", KINDS)
+@pytest.mark.parametrize("connector", ["linear", "mlp", "attention_pool", *CONNECTORS])
+@pytest.mark.parametrize("layout", ["NCHW", "NLC", "NHWC"])
+def test_every_combination_is_exported_with_equal_answers(layout, connector, fusion, tokenizer, tmp_path):
+    settings = {"num_image_tokens": 4} | ({"num_image_tokens": 1} if connector == "pixel_shuffle" else {})
+    model, processor = lively(tokenizer, layout=layout, connector=connector, fusion=fusion, **settings)
+    found = export(save(tmp_path / "model", model, processor), tmp_path / "exported")
+    assert max(found.values()) <= 1e-5
+    inputs = batch_inputs(processor, ROWS)
+    expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    for runner in (OnnxModel(tmp_path / "exported", session_options=one_thread()), TorchModel(tmp_path / "exported")):
+        np.testing.assert_array_equal(runner.generate(**inputs, max_new_tokens=NEW_TOKENS), expected)
+
+
+SMALL = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "bos_token_id": 0}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "eos_token_id": 0}
+
+
+def test_another_language_model_with_a_plain_cache_is_exported(tokenizer, tmp_path):
+    model, processor = tiny(tokenizer, text_config=LlamaConfig(**SMALL, initializer_range=0.3))
+    found = export(save(tmp_path / "model", model, processor), tmp_path / "exported", ["onnx"])
+    assert found["onnx"] <= 1e-5
+    assert not list((tmp_path / "exported").glob("*.pt2"))
+    with pytest.raises(ValueError, match=r"holds onnx, but no vision\.pt2"):
+        TorchModel(tmp_path / "exported")
+    inputs = batch_inputs(processor, ROWS)
+    expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    runner = OnnxModel(tmp_path / "exported", session_options=one_thread())
+    np.testing.assert_array_equal(runner.generate(**inputs, max_new_tokens=NEW_TOKENS), expected)
+
+
+def test_a_language_model_with_another_cache_is_refused(tokenizer):
+    model, _ = tiny(tokenizer, text_config=MistralConfig(**SMALL, sliding_window=16))
+    with pytest.raises(ValueError, match=r"'mistral' language model keeps other things .*SlidingWindow"):
+        decoder_graph(model)
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path) -> Path:
+    return Path(save(tmp_path / "model", *tiny(tokenizer)))
+
+
+def test_graphs_that_differ_are_not_kept(saved, tmp_path, monkeypatch):
+    right = ImageGraph.forward
+    monkeypatch.setattr(ImageGraph, "forward", lambda self, pixels: (right(self, pixels)[0] + 0.1,))
+    with pytest.raises(ValueError, match=r"logits of the TorchModel differ by .* reach .*: nothing was exported"):
+        export(saved, tmp_path / "exported", ["torch"])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_torch_cannot_follow_is_refused(tokenizer):
+    model, _ = tiny(tokenizer)
+    graph = image_graph(model)
+    graph.module.forward = lambda pixel_values: pixel_values[pixel_values.sum() > 0 and 0]
+    with pytest.raises(ValueError, match=r"torch\.export cannot follow this model: "):
+        trace(graph)
+
+
+def refusal(saved: Path, folder: Path, formats=("torch",)) -> str:
+    with pytest.raises(ValueError) as error:
+        export(saved, folder, formats)
+    assert not (folder / "export.json").exists()
+    return str(error.value)
+
+
+def test_mistakes_are_refused_before_work_starts(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "trace", lambda graph: pytest.fail("work has started"))
+    folder = tmp_path / "exported"
+    assert "model exists already: name a new folder" in refusal(saved, saved)
+    assert "`formats` are onnx and torch; unknown: coreml" in refusal(saved, folder, ["coreml"])
+    assert "none is named" in refusal(saved, folder, [])
+
+    model = ImagePromptForConditionalGeneration.from_pretrained(saved)
+    for name, value, message in (
+        ("repetition_penalty", 1.5, "hold repetition_penalty=1.5, which the exported loop does not follow"),
+        ("eos_token_id", None, "name no `eos_token_id`"),
+    ):
+        other = shutil.copytree(saved, tmp_path / name)
+        settings = json.loads((other / "generation_config.json").read_text()) | {name: value}
+        (other / "generation_config.json").write_text(json.dumps(settings))
+        assert message in refusal(other, folder)
+    model.config.quantization_config = {"quant_method": "torchao"}
+    model.config.save_pretrained(saved)
+    assert "is quantized, and export writes fp32" in refusal(saved, folder)
+
+    def version(package):
+        raise exporter.PackageNotFoundError(package)
+
+    monkeypatch.setattr(exporter, "version", version)
+    assert 'ONNX needs onnx: pip install "imageprompt[export]"' in refusal(saved, folder, ["onnx"])
+
+
+def test_a_model_whose_images_leave_no_room_is_refused(tokenizer, tmp_path):
+    model, _ = tiny(tokenizer, text_config=tiny_gpt2(n_positions=5))
+    with pytest.raises(ValueError, match="An image takes 4 of the 5 positions"):
+        exporter._sample(model.config)
+
+
+def test_settings_without_effect_on_greedy_search_are_accepted(tokenizer):
+    model, _ = tiny(tokenizer)
+    settings = model.generation_config
+    settings.num_beams, settings.do_sample, settings.temperature = 4, True, 0.7
+    exporter._check_generation(settings)
+
+
+def test_a_folder_that_is_no_export_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is no export: it has no export\.json"):
+        OnnxModel(tmp_path)
