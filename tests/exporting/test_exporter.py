@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch_inputs, picture, tiny, tiny_gpt2
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from imageprompt import ImagePromptForConditionalGeneration, ImagePromptProcessor
 from imageprompt.cli import app
+from imageprompt.connectors import CONNECTORS
 from imageprompt.exporting import OnnxModel, TorchModel, exporter
 from imageprompt.exporting.exporter import export
-from imageprompt.exporting.graphs import ImageGraph, decoder_graph, image_graph, trace
 
 for package in exporter.ONNX_PACKAGES:
     pytest.importorskip(package, reason="exporting to ONNX needs imageprompt[export]")
@@ -28,11 +29,13 @@ for package in exporter.ONNX_PACKAGES:
 import onnxruntime  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
-# A CNN in the text, and a vision transformer beside it.
+# A CNN in the text, and a vision transformer beside it; its ONNX graphs, which take seconds to make, are left to the
+# slow tests.
 KINDS = {
     "prefix": {"layout": "NCHW", "connector": "mlp"},
     "cross_attention": {"layout": "NLC", "connector": "attention_pool"},
 }
+FORMATS = {"prefix": ["onnx", "torch"], "cross_attention": ["torch"]}
 # Rows of (images, text): several images, none, one; their lengths differ, so there is padding.
 ROWS = [
     ([picture(0), picture(1)], "A photo <image> of <image> two"),
@@ -50,6 +53,10 @@ def one_thread() -> onnxruntime.SessionOptions:
     return options
 
 
+def run(folder: Path, kind: str):
+    return OnnxModel(folder, session_options=one_thread()) if kind == "onnx" else TorchModel(folder)
+
+
 def lively(tokenizer, **settings):
     """A tiny model from weights so large that its answers vary."""
     settings = {"text_config": tiny_gpt2(initializer_range=0.3)} | settings
@@ -60,6 +67,16 @@ def save(folder, *parts) -> str:
     for part in parts:
         part.save_pretrained(folder)
     return str(folder)
+
+
+def check_answers(model, processor, folder: Path) -> None:
+    """Export in both formats, and compare the answers."""
+    assert max(export(save(folder / "model", model, processor), folder / "exported").values()) <= 1e-4
+    inputs = batch_inputs(processor, ROWS)
+    expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    for kind in ("onnx", "torch"):
+        answers = run(folder / "exported", kind).generate(**inputs, max_new_tokens=NEW_TOKENS)
+        np.testing.assert_array_equal(answers, expected)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -73,6 +90,9 @@ def exported(request, tokenizer, tmp_path_factory) -> SimpleNamespace:
     model.generation_config.eos_token_id = [model.generation_config.eos_token_id, int(ids[0, -NEW_TOKENS + 2])]
     save(folder / "runs" / "captioner", model, processor)
     (command,) = re.findall(r"^imageprompt (export runs.*)$", PAGE.read_text(), re.MULTILINE)
+    formats = FORMATS[request.param]
+    if len(formats) == 1:
+        command += f" --format {formats[0]}"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         result = CliRunner().invoke(app, shlex.split(command))
@@ -82,17 +102,18 @@ def exported(request, tokenizer, tmp_path_factory) -> SimpleNamespace:
         processor=processor,
         root=folder,
         folder=folder / "exported",
+        formats=formats,
         printed=result.output,
-        runners=[OnnxModel(folder / "exported", session_options=one_thread()), TorchModel(folder / "exported")],
+        runners=[run(folder / "exported", kind) for kind in formats],
     )
 
 
 def test_the_command_prints_the_difference_that_it_found(exported):
-    found = dict(re.findall(r"^(\w+): .* (\S+)$", exported.printed, re.MULTILINE))
+    found = dict(re.findall(r"(\w+): logits differ .* at most (\S+)$", exported.printed, re.MULTILINE))
     written = json.loads((exported.folder / "export.json").read_text())["verified"]
     assert found == {kind: f"{difference:.2g}" for kind, difference in written.items()}
-    assert found.keys() == {"onnx", "torch"}
-    assert max(written.values()) <= 1e-5
+    assert list(found) == exported.formats
+    assert max(written.values()) <= 1e-4
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -103,7 +124,7 @@ def test_logits_are_the_models(exported, batch):
     for runner in exported.runners:
         logits = runner.read(**inputs, all_logits=True).logits
         difference = np.abs(logits - expected)[inputs["attention_mask"] == 1]
-        assert difference.max() <= 1e-5 < np.abs(expected).max()
+        assert difference.max() <= 1e-4 < np.abs(expected).max()
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -129,6 +150,7 @@ def test_the_length_is_that_of_the_generation_settings(exported, tmp_path):
     runner.generation = json.loads((exported.folder / "generation_config.json").read_text())
 
 
+@pytest.mark.parametrize("exported", ["prefix"], indirect=True)
 def test_graphs_name_their_dimensions_as_the_description_does(exported):
     described = json.loads((exported.folder / "export.json").read_text())["graphs"]
     for name, session in exported.runners[0].sessions.items():
@@ -150,10 +172,8 @@ def test_each_file_holds_the_weights_of_its_part_alone(exported):
     shown = [tensor for part in (base.vision_tower, base.connector, *cross) for tensor in part.parameters()]
     for name, parameters in (("vision", shown), ("decoder", list(base.language_model.parameters()))):
         size = 4 * sum(parameter.numel() for parameter in parameters)
-        stored = [
-            (exported.folder / f"{name}.onnx.data").stat().st_size,
-            (exported.folder / f"{name}.pt2").stat().st_size,
-        ]
+        suffixes = {"onnx": ".onnx.data", "torch": ".pt2"}
+        stored = [(exported.folder / f"{name}{suffixes[kind]}").stat().st_size for kind in exported.formats]
         # Graphs, constants and the archive's own come on top.
         assert 0.8 * size < min(stored) and max(stored) < size + 1e6
 
@@ -164,6 +184,7 @@ def test_the_folder_loads_as_a_processor(exported):
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 
+@pytest.mark.parametrize("exported", ["prefix"], indirect=True)
 def test_the_pages_programs_run(exported, monkeypatch, capsys):
     """The first with the package; the others in new processes that have neither it nor transformers, one not torch."""
     monkeypatch.chdir(exported.root)
@@ -218,68 +239,25 @@ def test_padding_on_the_right_is_refused(exported):
         exported.runners[0].generate(**inputs)
 
 
-CONNECTORS = {
-    "pixel_shuffle": {"num_image_tokens": None},
-    "resampler": {"connector_args": {"depth": 1}},
-    "clipcap_mlp": {},
-    "clipcap_transformer": {"connector_args": {"depth": 1}},
-    "pool": {},
-}
-
-
-@pytest.mark.parametrize("connector", CONNECTORS)
-@torch.no_grad()
-def test_every_connector_goes_into_the_vision_graph(connector, tokenizer, tmp_path):
-    settings = {"model_args": {"depth": 1, "embed_dim": 48, "num_heads": 2}} | CONNECTORS[connector]
-    model, _ = tiny(tokenizer, "NLC", connector=connector, **settings)
-    model.requires_grad_(False)
-    exporter._write(image_graph(model), tmp_path / "vision", ["onnx", "torch"])
-    session = onnxruntime.InferenceSession(str(tmp_path / "vision.onnx"), one_thread())
-    program = torch.export.load(tmp_path / "vision.pt2").module()
-    for count in (1, 3):
-        pixels = torch.randn(count, 3, 64, 64)
-        expected = model.get_image_features(pixels).pooler_output
-        for (tokens,) in (program(pixels), session.run(None, {"pixel_values": pixels.numpy()})):
-            assert tokens.shape == (count, model.config.num_image_tokens, 32)
-            assert np.abs(np.asarray(tokens) - expected.numpy()).max() <= 1e-5
+# Every connector, with fusions and layouts in turns.
+COMBINATIONS = list(zip(CONNECTORS, cycle(KINDS), cycle(["NCHW", "NLC", "NHWC"]), strict=False))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fusion", KINDS)
-@pytest.mark.parametrize("connector", ["linear", "mlp", "attention_pool", *CONNECTORS])
-@pytest.mark.parametrize("layout", ["NCHW", "NLC", "NHWC"])
-def test_every_combination_is_exported_with_equal_answers(layout, connector, fusion, tokenizer, tmp_path):
-    settings = {"num_image_tokens": 4} | ({"num_image_tokens": 1} if connector == "pixel_shuffle" else {})
-    model, processor = lively(tokenizer, layout=layout, connector=connector, fusion=fusion, **settings)
-    found = export(save(tmp_path / "model", model, processor), tmp_path / "exported")
-    assert max(found.values()) <= 1e-5
-    inputs = batch_inputs(processor, ROWS)
-    expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    for runner in (OnnxModel(tmp_path / "exported", session_options=one_thread()), TorchModel(tmp_path / "exported")):
-        np.testing.assert_array_equal(runner.generate(**inputs, max_new_tokens=NEW_TOKENS), expected)
+@pytest.mark.parametrize(("connector", "fusion", "layout"), COMBINATIONS)
+def test_every_connector_is_exported_with_equal_answers(connector, fusion, layout, tokenizer, tmp_path):
+    count = 1 if connector == "pixel_shuffle" else 4
+    model, processor = lively(tokenizer, layout=layout, connector=connector, fusion=fusion, num_image_tokens=count)
+    check_answers(model, processor, tmp_path)
 
 
 SMALL = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "bos_token_id": 0}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "eos_token_id": 0}
 
 
+@pytest.mark.slow
 def test_another_language_model_with_a_plain_cache_is_exported(tokenizer, tmp_path):
-    model, processor = tiny(tokenizer, text_config=LlamaConfig(**SMALL, initializer_range=0.3))
-    found = export(save(tmp_path / "model", model, processor), tmp_path / "exported", ["onnx"])
-    assert found["onnx"] <= 1e-5
-    assert not list((tmp_path / "exported").glob("*.pt2"))
-    with pytest.raises(ValueError, match=r"holds onnx, but no vision\.pt2"):
-        TorchModel(tmp_path / "exported")
-    inputs = batch_inputs(processor, ROWS)
-    expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    runner = OnnxModel(tmp_path / "exported", session_options=one_thread())
-    np.testing.assert_array_equal(runner.generate(**inputs, max_new_tokens=NEW_TOKENS), expected)
-
-
-def test_a_language_model_with_another_cache_is_refused(tokenizer):
-    model, _ = tiny(tokenizer, text_config=MistralConfig(**SMALL, sliding_window=16))
-    with pytest.raises(ValueError, match=r"'mistral' language model keeps other things .*SlidingWindow"):
-        decoder_graph(model)
+    check_answers(*tiny(tokenizer, text_config=LlamaConfig(**SMALL, initializer_range=0.3)), tmp_path)
 
 
 @pytest.fixture
@@ -287,20 +265,27 @@ def saved(tokenizer, tmp_path) -> Path:
     return Path(save(tmp_path / "model", *tiny(tokenizer)))
 
 
-def test_graphs_that_differ_are_not_kept(saved, tmp_path, monkeypatch):
-    right = ImageGraph.forward
-    monkeypatch.setattr(ImageGraph, "forward", lambda self, pixels: (right(self, pixels)[0] + 0.1,))
-    with pytest.raises(ValueError, match=r"logits of the TorchModel differ by .* reach .*: nothing was exported"):
-        export(saved, tmp_path / "exported", ["torch"])
+@pytest.mark.parametrize("exported", ["prefix"], indirect=True)
+def test_graphs_that_differ_from_the_model_are_refused(exported):
+    sample = exporter._sample(exported.model.config)
+    other = ImagePromptForConditionalGeneration.from_pretrained(exported.root / "runs" / "captioner").eval()
+    for runner in exported.runners:
+        assert exporter._difference(other, runner, sample) <= 1e-4
+    with torch.no_grad():
+        other.model.connector.linear_2.bias[0] += 1.0
+    for runner in exported.runners:
+        with pytest.raises(ValueError, match=rf"logits of the {type(runner).__name__} differ by .*, which reach "):
+            exporter._difference(other, runner, sample)
+
+
+def test_an_export_that_fails_leaves_nothing(saved, tmp_path, monkeypatch):
+    def write(graph, path, formats):
+        path.write_text("half of a graph")
+        raise ValueError("no space left")
+
+    monkeypatch.setattr(exporter, "_write", write)
+    assert "no space left" in refusal(saved, tmp_path / "exported")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_what_torch_cannot_follow_is_refused(tokenizer):
-    model, _ = tiny(tokenizer)
-    graph = image_graph(model)
-    graph.module.forward = lambda pixel_values: pixel_values[pixel_values.sum() > 0 and 0]
-    with pytest.raises(ValueError, match=r"torch\.export cannot follow this model: "):
-        trace(graph)
 
 
 def refusal(saved: Path, folder: Path, formats=("torch",)) -> str:
@@ -338,8 +323,9 @@ def test_mistakes_are_refused_before_work_starts(saved, tmp_path, monkeypatch):
 
 
 def test_a_model_whose_images_leave_no_room_is_refused(tokenizer, tmp_path):
-    model, _ = tiny(tokenizer, text_config=tiny_gpt2(n_positions=5))
-    with pytest.raises(ValueError, match="An image takes 4 of the 5 positions"):
+    text = tiny_gpt2(n_positions=32)
+    model, _ = tiny(tokenizer, text_config=text, connector="attention_pool", num_image_tokens=28)
+    with pytest.raises(ValueError, match="An image takes 28 of the 32 positions"):
         exporter._sample(model.config)
 
 
@@ -348,6 +334,12 @@ def test_settings_without_effect_on_greedy_search_are_accepted(tokenizer):
     settings = model.generation_config
     settings.num_beams, settings.do_sample, settings.temperature = 4, True, 0.7
     exporter._check_generation(settings)
+
+
+@pytest.mark.parametrize("exported", ["cross_attention"], indirect=True)
+def test_a_format_that_was_not_written_is_named(exported):
+    with pytest.raises(ValueError, match=r"holds torch, but no vision\.onnx"):
+        OnnxModel(exported.folder)
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path):
