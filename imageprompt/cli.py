@@ -237,6 +237,22 @@ def doctor(
     raise typer.Exit(0 if report.ok else 1)
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Saved model: a local folder or Hub id.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write; it may not exist yet.")],
+    formats: Annotated[
+        list[str], typer.Option("--format", help="onnx (needs imageprompt[export]) or torch; both by default.")
+    ] = ["onnx", "torch"],  # noqa: B006 - typer reads it
+) -> None:
+    """Write a model as ONNX and torch.export graphs, and check them against the model."""
+    from .exporting import export
+
+    for kind, difference in export(model, folder, formats).items():
+        typer.echo(f"{kind}: logits differ from the model's by at most {difference:.2g}")
+    typer.echo(f"{folder} is done.")
+
+
 def main() -> None:
     """Run the command; a mistake in the input ends with its message instead of a traceback."""
     try:

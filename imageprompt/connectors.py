@@ -290,7 +290,7 @@ class ResamplerConnector(Connector):
 
     def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         features = self.linear(features)
-        queries = self.queries.weight.expand(len(features), -1, -1)
+        queries = self.queries.weight.expand(features.shape[0], -1, -1)
         for layer in self.layers:
             queries = layer(queries, features)
         return queries
@@ -376,7 +376,7 @@ class ClipCapTransformerConnector(Connector):
 
     def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         summary = self.linear(features.mean(1)).unflatten(1, (self.clip_length, self.width))
-        tokens = torch.cat([summary, self.constants.weight.expand(len(features), -1, -1)], dim=1)
+        tokens = torch.cat([summary, self.constants.weight.expand(features.shape[0], -1, -1)], dim=1)
         for layer in self.layers:
             tokens = layer(tokens)
         return tokens[:, self.clip_length :]

@@ -61,6 +61,7 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tokenizer, tmp_pat
 # Pages whose Python blocks run elsewhere: they need a server, the README's model, or are run as a whole.
 PYTHON_ELSEWHERE = [
     "compression.md",
+    "export.md",
     "generation.md",
     "serving.md",
     "share-your-model.md",
@@ -71,6 +72,7 @@ PYTHON_ELSEWHERE = [
 COMMANDS_TRIED = [
     ["imageprompt", "compress"],
     ["imageprompt", "evaluate"],
+    ["imageprompt", "export"],
     ["accelerate", "launch"],
     ["imageprompt", "generate"],
     ["imageprompt", "pretrain"],
