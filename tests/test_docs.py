@@ -58,12 +58,20 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tokenizer, tmp_pat
         assert capsys.readouterr().out == shown
 
 
-# Pages whose Python blocks run elsewhere: they need a server, the README's model, or are run as a whole.
-PYTHON_ELSEWHERE = ["generation.md", "serving.md", "training.md", *(f"{page}.md" for page in RECIPES)]
-# Each kind of command, tried below or in the tests of recipes, serving, training, language models and lmms-eval.
+# Pages whose Python blocks run elsewhere: they need a server, checkpoints, the README's model, or are run as a whole.
+PYTHON_ELSEWHERE = [
+    "bring-your-checkpoint.md",
+    "generation.md",
+    "serving.md",
+    "training.md",
+    *(f"{page}.md" for page in RECIPES),
+]
+# Each kind of command, tried below or in the tests of recipes, conversion, serving, training, language models and
+# lmms-eval.
 COMMANDS_TRIED = [
     ["imageprompt", "evaluate"],
     ["accelerate", "launch"],
+    ["imageprompt", "convert"],
     ["imageprompt", "generate"],
     ["imageprompt", "pretrain"],
     ["imageprompt", "serve"],
