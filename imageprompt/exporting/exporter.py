@@ -137,7 +137,7 @@ def _write(graph: Graph, path: Path, formats: Sequence[str]) -> None:
                 verbose=False,
             )
         # torch calls them s0, s1, …
-        names = {}
+        names: dict[Any, Any] = {}
         for value, spec in zip(onnx.model.graph.inputs, graph.inputs.values(), strict=True):
             names |= {old: new for old, new in zip(value.shape, spec.shape, strict=True) if new in DIMENSIONS}
         onnx.rename_axes(names)

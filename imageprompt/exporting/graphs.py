@@ -128,7 +128,7 @@ class DecoderGraph(nn.Module):
     def _put_images_in_text(self, input_ids: Tensor, embeds: Tensor, image_embeds: Tensor) -> Tensor:
         """As the model's `masked_scatter`, by an index; what stands in row 0 is never taken."""
         tokens = torch.cat([torch.zeros_like(embeds[0, :1]), image_embeds.flatten(0, 1)])
-        placeholders = input_ids == self.config.image_token_id
+        placeholders = input_ids.eq(self.config.image_token_id)
         index = placeholders.flatten().long().cumsum(0).reshape(input_ids.shape)
         # A placeholder that was generated, which the settings may allow, is a word.
         has_image = placeholders & (index < tokens.shape[0])
@@ -158,14 +158,18 @@ def image_graph(model: ImagePromptForConditionalGeneration) -> Graph:
     config = model.config
     pixel_values = TensorSpec("float32", ["images", config.num_channels, *config.image_size])
     if config.fusion == "prefix":
-        shape: list[int | str] = ["images", config.num_image_tokens, config.hidden_size]
-        outputs = {"image_embeds": TensorSpec("float32", shape)}
+        outputs = {"image_embeds": _tokens_of_images(config)}
     else:
         outputs = {
             name: TensorSpec("float32", ["images", *_keys_of_an_image(config)])
             for name in ("image_keys", "image_values")
         }
     return Graph(ImageGraph(model), {"pixel_values": pixel_values}, outputs)
+
+
+def _tokens_of_images(config: ImagePromptConfig) -> TensorSpec:
+    assert config.num_image_tokens is not None  # resolved when the configuration was made
+    return TensorSpec("float32", ["images", config.num_image_tokens, config.hidden_size])
 
 
 def decoder_graph(model: ImagePromptForConditionalGeneration) -> Graph:
@@ -181,7 +185,7 @@ def decoder_graph(model: ImagePromptForConditionalGeneration) -> Graph:
         "logits_to_keep": TensorSpec("int64", ["kept"]),
     }
     if config.fusion == "prefix":
-        inputs["image_embeds"] = TensorSpec("float32", ["images", config.num_image_tokens, config.hidden_size])
+        inputs["image_embeds"] = _tokens_of_images(config)
     else:
         for name in ("image_keys", "image_values"):
             inputs[name] = TensorSpec("float32", ["rows", "images", *_keys_of_an_image(config)])
@@ -217,7 +221,7 @@ def _cache_layers(model: ImagePromptForConditionalGeneration) -> list[DynamicLay
             f"all positions ({', '.join(sorted(kinds))}), which the exported decoder does not: GPT-2 and others with a "
             "plain cache can be exported."
         )
-    return cache.layers
+    return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
 
 
 @torch.no_grad()
