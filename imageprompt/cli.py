@@ -13,6 +13,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+convert_app = typer.Typer(help="Make models of this package out of checkpoints of others, with equal outputs.")
+app.add_typer(convert_app, name="convert", no_args_is_help=True)
+
 
 @app.command()
 def quickstart(
@@ -152,7 +155,7 @@ def doctor(
     connector_args: Annotated[str | None, typer.Option(help='What it takes besides, JSON: {"depth": 2}.')] = None,
     fusion: Annotated[str | None, typer.Option(help="prefix or cross_attention.")] = None,
     feature_layer: Annotated[
-        str | None, typer.Option(help="Features of an earlier block (-2), several ([-2, -1]) or pooled.")
+        str | None, typer.Option(help="Features of an earlier block (-2), several ([-2, -1]), pooled or tokens.")
     ] = None,
     pretrained: Annotated[bool, typer.Option(help="Whether the parts' weights are to be loaded.")] = True,
     model_args: Annotated[str | None, typer.Option(help="Further timm.create_model keywords, JSON.")] = None,
@@ -208,6 +211,26 @@ def doctor(
     )
     typer.echo(report.to_json() if as_json else report)
     raise typer.Exit(0 if report.ok else 1)
+
+
+@convert_app.command("vision-encoder-decoder")
+def convert_vision_encoder_decoder(
+    source: Annotated[str, typer.Argument(help="VisionEncoderDecoder checkpoint with GPT-2: a folder or Hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the model and its processor; new or empty.")],
+) -> None:
+    """Import a vit-gpt2 captioner: same logits, same captions, checked before anything is written."""
+    from .conversion.vision_encoder_decoder import convert_vision_encoder_decoder
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is not empty: name a new folder.")
+    converted = convert_vision_encoder_decoder(source)
+    converted.model.save_pretrained(output)
+    converted.processor.save_pretrained(output)
+    typer.echo(
+        f"Logits differ from transformers' VisionEncoderDecoderModel by at most {converted.difference:.1e} "
+        f"({converted.relative_difference:.1e} of the largest); greedy and beam captions are the same. "
+        f"Saved in {output}."
+    )
 
 
 def main() -> None:

@@ -60,15 +60,17 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tokenizer, tmp_pat
 
 # Pages whose Python blocks run elsewhere: they need a server, the README's model, or are run as a whole.
 PYTHON_ELSEWHERE = [
+    "bring-your-checkpoint.md",
     "generation.md",
     "serving.md",
     "share-your-model.md",
     "training.md",
     *(f"{page}.md" for page in RECIPES),
 ]
-# Each kind of command, tried below or in the tests of recipes, pushing, serving, training, language models and
-# lmms-eval.
+# Each kind of command, tried below or in the tests of conversion, recipes, pushing, serving, training, language
+# models and lmms-eval.
 COMMANDS_TRIED = [
+    ["imageprompt", "convert"],
     ["imageprompt", "evaluate"],
     ["accelerate", "launch"],
     ["imageprompt", "generate"],
