@@ -4,7 +4,6 @@ A checkpoint is read by transformers' own class, which knows every older layout 
 into timm's architecture under timm's names, and both are run on the same pixels: what differs is not handed out.
 """
 
-import logging
 import math
 import os
 import re
@@ -20,11 +19,12 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..vision import Backbone, checked_backbone, set_layer_norm_eps
 from .pixels import read_preprocessing
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 # Of the largest value: what float32 leaves after the same sums in another order.
 TOLERANCE = 1e-5
@@ -134,7 +134,7 @@ RENAMES = [
     (r"^pre_layrnorm\.", "norm_pre."),
     (r"^(post_)?layernorm\.", "norm."),
 ]
-UNUSED = r"^(embeddings\.mask_token|pooler\.)"  # only in pretraining, or behind the features
+UNUSED = r"(^|\.)(embeddings\.mask_token|pooler\.)"  # only in pretraining, or behind the features
 
 
 @dataclass
@@ -291,8 +291,8 @@ def load_weights(backbone: Backbone) -> ConvertedBackbone:
     return converted
 
 
-def load_pretrained(kind: type[PreTrainedModel], source: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """A model of transformers in float32 and eval mode, all of whose weights were there.
+def load_pretrained(kind: Any, source: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """A model of transformers, of the class `kind`, in float32 and eval mode, all of whose weights were there.
 
     Weights in a pickle are read without running anything in it, which torch refuses if there is more than tensors.
     """

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor
-from transformers.image_processing_utils import BaseImageProcessor
 
 from ..image_processing import ImagePromptImageProcessor
 
@@ -58,7 +57,7 @@ def read_preprocessing(source: str | os.PathLike) -> dict[str, Any]:
     return mine.pretrained_cfg
 
 
-def _translated(theirs: BaseImageProcessor, source: str | os.PathLike) -> ImagePromptImageProcessor:
+def _translated(theirs: Any, source: str | os.PathLike) -> ImagePromptImageProcessor:
     def refuse(what: str) -> ValueError:
         return ValueError(f"{os.fspath(source)!r}: {what} Here images are resized and normalised. {MEND}")
 
