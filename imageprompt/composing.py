@@ -10,10 +10,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -211,7 +213,7 @@ def loading(source: str | os.PathLike) -> Iterator[None]:
     """Say what could not be loaded: the libraries' own messages often leave the name out."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as error:
         raise ValueError(
             f"Cannot load {os.fspath(source)!r}: {error} Offline, pass a local folder, or pretrained=False for a timm "
             "name."

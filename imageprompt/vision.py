@@ -107,7 +107,7 @@ def hub_id(backbone: Backbone) -> str | None:
     """The Hub repository of a backbone's pretrained weights; `None` for weights that are in none, or in a folder."""
     source, _, name = backbone.weights.rpartition(":")
     if source:
-        return name if source == "hf-hub" else None
+        return name if source in ("hf-hub", "transformers") and not Path(name).is_dir() else None
     cfg = timm.get_pretrained_cfg(name)
     return cfg.hf_hub_id if cfg is not None else None
 

@@ -101,6 +101,8 @@ def convert_vision_encoder_decoder(source: str | os.PathLike) -> ConvertedCaptio
     model.model.vision_tower.timm_model.load_state_dict(converted.timm_model.state_dict())
     _copy_projection(model, peer)
     _copy_words(model, peer, start)
+    if not os.path.isdir(source):
+        model.config.base_models = {"vision": name, "text": name}
     model.generation_config = generation_config_of(model, generation_config, tokenizer)
     processor = ImagePromptProcessor(
         ImagePromptImageProcessor.from_pretrained_cfg(backbone.pretrained_cfg),

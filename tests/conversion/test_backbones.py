@@ -8,6 +8,7 @@ import os
 import shutil
 
 import pytest
+import timm
 import torch
 from conftest import max_difference, picture, tiny_gpt2
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,7 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    GPT2LMHeadModel,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
@@ -164,6 +166,7 @@ def test_a_hub_id_from_the_cache(clip_folder, tokenizer, tmp_path, monkeypatch):
     (tmp_path / "models--someone--clip" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model, _ = composed("someone/clip", tokenizer)
+    assert model.config.base_models == {"vision": "someone/clip"}
     expected, _ = composed(clip_folder, tokenizer)
     weight = "blocks.1.mlp.fc1.weight"
     assert torch.equal(*(m.model.vision_tower.timm_model.get_parameter(weight) for m in (model, expected)))
@@ -227,6 +230,20 @@ def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(vit_folder, toke
     as_pickle(vit_folder, load_file(vit_folder / "model.safetensors") | {"extra": Harmful(tmp_path / "harm")})
     with pytest.raises(ValueError, match="Cannot load the weights"):
         composed(vit_folder, tokenizer)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("part", ["timm", "gpt2"])
+def test_other_parts_in_harmful_pickles_are_refused_and_not_run(part, tokenizer, tmp_path):
+    timm.models.save_for_hf(timm.create_model("resnet10t"), tmp_path / "timm", safe_serialization=False)
+    GPT2LMHeadModel(tiny_gpt2()).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    if part == "gpt2":
+        (tmp_path / "gpt2" / "model.safetensors").unlink()
+    harmful = {"transformer.wte.weight": torch.zeros(400, 32), "extra": Harmful(tmp_path / "harm")}
+    torch.save(harmful, tmp_path / part / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="Cannot load"):
+        compose(tmp_path / "timm", tmp_path / "gpt2", num_image_tokens=4)
     assert not (tmp_path / "harm").exists()
 
 

@@ -5,6 +5,7 @@ processor.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -132,6 +133,17 @@ def test_a_caption_is_as_likely_as_there(imported):
     labels = inputs["labels"][:, 1:]
     expected = peer(pixel_values=their_pixels(folder, picture()), labels=labels).loss
     assert 0 <= model(**inputs).loss - expected < 1 / peer.config.decoder.vocab_size
+
+
+def test_the_hub_id_of_the_checkpoint_is_remembered(imported, tmp_path, monkeypatch):
+    repository = tmp_path / "models--someone--captioner"
+    shutil.copytree(imported[-1], repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = convert_vision_encoder_decoder("someone/captioner").model.config
+    assert config.base_models == {"vision": "someone/captioner", "text": "someone/captioner"}
+    assert imported[1].config.base_models is None
 
 
 def test_lengths_count_the_same_tokens(imported):
