@@ -182,7 +182,7 @@ def doctor(
     connector_args: Annotated[str | None, typer.Option(help='What it takes besides, JSON: {"depth": 2}.')] = None,
     fusion: Annotated[str | None, typer.Option(help="prefix or cross_attention.")] = None,
     feature_layer: Annotated[
-        str | None, typer.Option(help="Features of an earlier block (-2), several ([-2, -1]) or pooled.")
+        str | None, typer.Option(help="Features of an earlier block (-2), several ([-2, -1]), pooled or tokens.")
     ] = None,
     pretrained: Annotated[bool, typer.Option(help="Whether the parts' weights are to be loaded.")] = True,
     model_args: Annotated[str | None, typer.Option(help="Further timm.create_model keywords, JSON.")] = None,
@@ -281,6 +281,26 @@ def clipcap(
     float64, float32 = (conversion.differences[name] for name in ("float64", "float32"))
     typer.echo(f"Largest difference of a logit from ClipCap's: {float64:.1e} in float64, {float32:.1e} in float32.")
     typer.echo(f"Saved to {output}.")
+
+
+@convert_app.command("vision-encoder-decoder")
+def convert_vision_encoder_decoder(
+    source: Annotated[str, typer.Argument(help="VisionEncoderDecoder checkpoint with GPT-2: a folder or Hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the model and its processor; new or empty.")],
+) -> None:
+    """Import a vit-gpt2 captioner: same logits, same captions, checked before anything is written."""
+    from .conversion.output import refuse_used_folder
+    from .conversion.vision_encoder_decoder import convert_vision_encoder_decoder
+
+    refuse_used_folder(output)
+    converted = convert_vision_encoder_decoder(source)
+    converted.model.save_pretrained(output)
+    converted.processor.save_pretrained(output)
+    typer.echo(
+        f"Logits differ from transformers' VisionEncoderDecoderModel by at most {converted.difference:.1e} "
+        f"({converted.relative_difference:.1e} of the largest); greedy and beam captions are the same. "
+        f"Saved in {output}."
+    )
 
 
 def main() -> None:

@@ -10,10 +10,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +26,8 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .configuration import ImagePromptConfig
+from .configuration import ImagePromptConfig, vision_config_of
+from .conversion.backbones import PREFIX, load_weights, read_backbone, read_transformers_config
 from .image_processing import ImagePromptImageProcessor
 from .language_models import load_language_model, refuse_other_kinds
 from .modeling import ImagePromptForConditionalGeneration
@@ -47,7 +50,8 @@ def compose(
     """Join a timm backbone and a causal language model into an image-prompt model and its processor.
 
     Args:
-        vision: a timm name, a Hub id, or a local folder in timm's Hub layout.
+        vision: a timm name, or a Hub id or local folder in timm's Hub layout, or with an encoder of transformers that
+            has a twin in timm (`conversion.backbones.TWINS`: CLIP, SigLIP, ViT, DeiT, DINOv2).
         text: a Hub id or local folder of a causal language model, or its configuration (random weights).
         tokenizer: a tokenizer, or where to load it from; by default from `text`.
         pretrained: load weights of every part that names some; `False` starts all from random ones, `"vision"` or
@@ -65,9 +69,10 @@ def compose(
     """
     if pretrained not in (True, False, "vision", "text"):
         raise ValueError(f"`pretrained` is True, False, 'vision' or 'text', got {pretrained!r}.")
-    backbone = resolve_backbone(vision, model_args=model_args, preprocessing=preprocessing)
+    trained = find_backbone(vision, model_args=model_args)
     if pretrained in (True, "vision"):
-        refuse_foreign_training(preprocessing or {}, resolve_backbone(vision, model_args=model_args))
+        refuse_foreign_training(preprocessing or {}, trained)
+    backbone = find_backbone(vision, model_args=model_args, preprocessing=preprocessing) if preprocessing else trained
     if isinstance(text, PreTrainedConfig):
         text_config = text
     else:
@@ -94,20 +99,18 @@ def compose(
     # Rows may be missing for the placeholder, or be more than the tokenizer uses.
     text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
 
-    config = ImagePromptConfig.from_backbones(
-        vision,
-        text_config,
-        model_args=model_args,
-        preprocessing=preprocessing,
+    config = ImagePromptConfig(
+        vision_config=vision_config_of(backbone),
+        text_config=text_config,
         image_token_id=tokenizer.image_token_id,
         **config_fields,
     )
     model = ImagePromptForConditionalGeneration(config).eval()
     load_language_model(model, language_model.eval())
-    model.generation_config = _generation_config(model, language_model, tokenizer)
+    model.generation_config = generation_config_of(model, language_model.generation_config, tokenizer)
     base_models = {}
     if pretrained in (True, "vision"):
-        model.model.vision_tower.timm_model.load_state_dict(_timm_weights(backbone))
+        model.model.vision_tower.timm_model.load_state_dict(_vision_weights(backbone))
         base_models["vision"] = hub_id(backbone)
     if pretrained in (True, "text") and not isinstance(text, PreTrainedConfig) and not os.path.isdir(text):
         base_models["text"] = os.fspath(text)
@@ -120,6 +123,20 @@ def compose(
     )
     processor.check_model(model)
     return model, processor
+
+
+def find_backbone(
+    name: str | os.PathLike,
+    *,
+    model_args: dict[str, Any] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+) -> Backbone:
+    """`resolve_backbone`, and also for Hub ids and local folders with an encoder of transformers: its twin in timm."""
+    hub_id = os.fspath(name)
+    of_timm = "/" not in hub_id or hub_id.startswith(("timm/", "hf-hub:"))
+    is_theirs = (os.path.isdir(name) or not of_timm) and read_transformers_config(name) is not None
+    find = read_backbone if is_theirs else resolve_backbone
+    return find(name, model_args=model_args, preprocessing=preprocessing)
 
 
 def prepare_tokenizer(source: Any, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
@@ -161,11 +178,11 @@ def refuse_foreign_training(preprocessing: dict[str, Any], trained: Backbone) ->
         )
 
 
-def _generation_config(
-    model: PreTrainedModel, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+def generation_config_of(
+    model: PreTrainedModel, trained: GenerationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationConfig:
-    """How the language model generates, ending also at the EOS that is learnt here, and never with a placeholder."""
-    generation_config = copy.deepcopy(language_model.generation_config)
+    """The language model's settings, ending also at the EOS that is learnt here, and never with a placeholder."""
+    generation_config = copy.deepcopy(trained)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation_config, name) is None:
             setattr(generation_config, name, getattr(tokenizer, name))
@@ -183,7 +200,9 @@ def _generation_config(
     return generation_config
 
 
-def _timm_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+def _vision_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+    if backbone.weights.startswith(PREFIX):
+        return load_weights(backbone).timm_model.state_dict()
     with loading(backbone.weights):
         model = timm.create_model(backbone.weights, pretrained=True, num_classes=0, **backbone.model_args)
     return model.state_dict()
@@ -194,7 +213,7 @@ def loading(source: str | os.PathLike) -> Iterator[None]:
     """Say what could not be loaded: the libraries' own messages often leave the name out."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as error:
         raise ValueError(
             f"Cannot load {os.fspath(source)!r}: {error} Offline, pass a local folder, or pretrained=False for a timm "
             "name."

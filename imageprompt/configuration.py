@@ -78,7 +78,8 @@ class ImagePromptConfig(PreTrainedConfig):
     Args:
         vision_config (`TimmWrapperConfig` or `dict`):
             `architecture` and `model_args` for `timm.create_model`, and `pretrained_cfg` with the preprocessing
-            (`input_size` as channels, height, width; `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`).
+            (`input_size` as channels, height, width; `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`);
+            `layer_norm_eps`, where the layer norms' is not timm's.
         text_config (`PreTrainedConfig` or `dict`): the language model's configuration, GPT-2 by default.
         connector (`str`): name in `imageprompt.connectors.CONNECTORS`.
         connector_args (`dict`, *optional*): what the connector takes besides, such as `depth`; see its class.
@@ -92,9 +93,10 @@ class ImagePromptConfig(PreTrainedConfig):
             Which of `"vision"`, `"connector"` and `"text"` learn. Cross-attention layers belong to the connector.
         dynamic_image_size (`bool`):
             Take images of any size that the backbone takes (those of one call alike); they become as many tokens.
-        feature_layer (`int`, `list[int]` or `"pooled"`, *optional*):
-            Which features to read: of a block, of several blocks joined along the channels, or the backbone's own
-            summary of the image. By default the final feature map, or what the connector is made for.
+        feature_layer (`int`, `list[int]`, `"pooled"` or `"tokens"`, *optional*):
+            Which features to read: of a block, of several blocks joined along the channels, the backbone's own summary
+            of the image, or all of a transformer's final tokens, as a grid of one row. By default the final feature
+            map, or what the connector is made for.
         feature_size (`int`, *optional*): channels of the backbone's features; probed.
         feature_grid (`list[int]`, *optional*): rows and columns of the backbone's feature map; probed.
         feature_layout (`str`, *optional*): `"NCHW"`, `"NHWC"`, `"NLC"` or `"NC"` (a summary); probed.
@@ -131,7 +133,7 @@ class ImagePromptConfig(PreTrainedConfig):
     image_token_id: int | None = None
     trainable: dict[str, bool] | None = None
     dynamic_image_size: bool = False
-    feature_layer: int | list[int] | tuple[int, ...] | Literal["pooled"] | None = None
+    feature_layer: int | list[int] | tuple[int, ...] | Literal["pooled", "tokens"] | None = None
     feature_size: int | None = None
     feature_grid: list[int] | tuple[int, ...] | None = None
     feature_layout: Literal["NCHW", "NHWC", "NLC", "NC"] | None = None
@@ -201,7 +203,7 @@ class ImagePromptConfig(PreTrainedConfig):
             ValueError: for an unknown timm name, with the closest ones.
         """
         backbone = resolve_backbone(timm_name, model_args=model_args, preprocessing=preprocessing)
-        return cls(vision_config=_vision_config(backbone), text_config=text_config, **config_fields)
+        return cls(vision_config=vision_config_of(backbone), text_config=text_config, **config_fields)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -274,7 +276,8 @@ class ImagePromptConfig(PreTrainedConfig):
                 model_args=vision.model_args,
                 preprocessing={key: given[key] for key in PREPROCESSING_KEYS if key in given},
             )
-            self.vision_config = vision = _vision_config(backbone)
+            backbone.layer_norm_eps = getattr(vision, "layer_norm_eps", None)
+            self.vision_config = vision = vision_config_of(backbone)
         if self.feature_layer is None:
             self.feature_layer = connector_class(self.connector).feature_layer
         if isinstance(self.feature_layer, tuple):
@@ -303,7 +306,8 @@ class ImagePromptConfig(PreTrainedConfig):
         if self.feature_layer is None:
             fits = self.feature_layout != "NC"
         else:
-            fits = self.feature_layout == ("NC" if self.feature_layer == "pooled" else "NCHW")
+            layouts = {"pooled": "NC", "tokens": "NLC"}
+            fits = self.feature_layout == layouts.get(str(self.feature_layer), "NCHW")
         if not fits:
             raise ValueError(
                 f"`feature_layer={self.feature_layer!r}` does not go with `feature_layout={self.feature_layout!r}`, "
@@ -341,13 +345,16 @@ class ImagePromptConfig(PreTrainedConfig):
             )
 
 
-def _vision_config(backbone: Backbone) -> PreTrainedConfig:
+def vision_config_of(backbone: Backbone) -> PreTrainedConfig:
+    """The library's configuration of a backbone."""
+    eps = {} if backbone.layer_norm_eps is None else {"layer_norm_eps": backbone.layer_norm_eps}
     return AutoConfig.for_model(
         "timm_wrapper",
         architecture=backbone.architecture,
         model_args=backbone.model_args or None,
         pretrained_cfg=backbone.pretrained_cfg,
         do_pooling=False,
+        **eps,
     )
 
 

@@ -70,6 +70,10 @@ def load_language_model(model: ImagePromptForConditionalGeneration, language_mod
 
     with _running(name, "with a token more"):
         language_model.resize_token_embeddings(model.config.vocab_size, mean_resizing=False)
+        # Pretrained logits may all be far below 0, where those of random rows are: such a row would take nearly all of
+        # the probability. That of the mean row is less than one word's share, as the exponential is convex.
+        for words in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+            words.weight[vocab_size:] = words.weight[:vocab_size].mean(0)
         decoder = model.model.language_model
         # Cross-attention is new, and keeps its random weights.
         decoder.load_state_dict(decoder.state_dict() | language_model.base_model.state_dict())

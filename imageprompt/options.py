@@ -63,8 +63,8 @@ def json_or_file(option: str, value: str) -> Any:
 
 
 def feature_layer(option: str, value: str | None) -> Any:
-    """`feature_layer` of the configuration: "pooled", a number or a list of numbers."""
-    return value if value in (None, "pooled") else _parsed(option, value)
+    """`feature_layer` of the configuration: "pooled", "tokens", a number or a list of numbers."""
+    return value if value in (None, "pooled", "tokens") else _parsed(option, value)
 
 
 def new_gpt2(option: str, value: str | dict | None, vocab_size: int | None = None) -> GPT2Config:

@@ -245,7 +245,7 @@ def _joined(*lists: str | list[str] | None) -> list[str]:
 
 
 def _metadata(config: ImagePromptConfig, repo_id: str, facts: CardFacts) -> ModelCardData:
-    base_models = list((config.base_models or {}).values())
+    base_models = list(dict.fromkeys((config.base_models or {}).values()))  # once, where one model gave both parts
     trained_on = [source["dataset"] for source in _sources(facts) if source["on_hub"]]
     results = [result for evaluation in facts.evaluations for result in _eval_results(evaluation)]
     return ModelCardData(

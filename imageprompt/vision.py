@@ -32,7 +32,7 @@ class Backbone:
     """A timm backbone, resolved from a name: what `timm.create_model` needs, and where its weights are.
 
     `weights` is the name under which `timm.create_model(..., pretrained=True)` finds them; `notes` are timm's remarks
-    on them.
+    on them. `layer_norm_eps` stands in every layer norm, where it is not timm's own.
     """
 
     architecture: str
@@ -40,6 +40,7 @@ class Backbone:
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: str = ""
     notes: tuple[str, ...] = ()
+    layer_norm_eps: float | None = None
 
 
 @dataclass
@@ -92,7 +93,7 @@ def resolve_backbone(
         weights = f"hf-hub:{hub_id}"
     else:
         raise ValueError(_unknown_name(name))
-    return _backbone(architecture, cfg, saved_args or {}, model_args, preprocessing, weights)
+    return checked_backbone(architecture, cfg, saved_args or {}, model_args, preprocessing, weights)
 
 
 def registered_backbone(
@@ -102,19 +103,19 @@ def registered_backbone(
     preprocessing: dict[str, Any] | None = None,
 ) -> Backbone:
     """As `resolve_backbone`, for names in timm's registry alone: looks at neither files nor the Hub."""
-    return _backbone(name.partition(".")[0], _registered_cfg(name), {}, model_args, preprocessing, name)
+    return checked_backbone(name.partition(".")[0], _registered_cfg(name), {}, model_args, preprocessing, name)
 
 
 def hub_id(backbone: Backbone) -> str | None:
     """The Hub repository of a backbone's pretrained weights; `None` for weights that are in none, or in a folder."""
     source, _, name = backbone.weights.rpartition(":")
     if source:
-        return name if source == "hf-hub" else None
+        return name if source in ("hf-hub", "transformers") and not Path(name).is_dir() else None
     cfg = timm.get_pretrained_cfg(name)
     return cfg.hf_hub_id if cfg is not None else None
 
 
-def _backbone(
+def checked_backbone(
     architecture: str,
     cfg: dict[str, Any],
     saved_args: dict[str, Any],
@@ -122,6 +123,15 @@ def _backbone(
     preprocessing: dict[str, Any] | None,
     weights: str,
 ) -> Backbone:
+    """A backbone of which everything is known, with its settings checked and completed.
+
+    Args:
+        architecture: timm name without tag.
+        cfg: timm's `pretrained_cfg` of the weights.
+        saved_args: keywords for `timm.create_model` that the checkpoint itself asks for.
+        model_args, preprocessing: see `resolve_backbone`.
+        weights: where they are; see [`Backbone`].
+    """
     if not timm.is_model(architecture):
         raise ValueError(_unknown_name(architecture))
     try:
@@ -229,12 +239,14 @@ def read_features(
         feature_layer: `None` for the backbone's final features; the index of a block (of a stage, for models that have
             stages: an entry of timm's `feature_info`), or several, for their maps as they come (without the
             backbone's last norm), joined along the channels at the coarsest of their grids; `"pooled"` for the
-            backbone's own summary of the image, what timm's classifier reads, such as the class token.
+            backbone's own summary of the image, what timm's classifier reads, such as the class token; `"tokens"` for
+            the final features of a transformer as one row, class and register tokens in front.
 
     Returns:
-        What timm gives for `None`; (images, channels, rows, columns) for blocks; (images, channels) for `"pooled"`.
+        What timm gives for `None` and `"tokens"`; (images, channels, rows, columns) for blocks; (images, channels) for
+        `"pooled"`.
     """
-    if feature_layer is None:
+    if feature_layer in (None, "tokens"):
         return timm_model.forward_features(images)
     if feature_layer == "pooled":
         return timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)
@@ -295,7 +307,7 @@ def probe_features(
             f"{error or type(error).__name__}"
         ) from error
     if shape is None:
-        what = "no summary" if feature_layer == "pooled" else "no feature map"
+        what = {"pooled": "no summary", "tokens": "no row of tokens"}.get(str(feature_layer), "no feature map")
         raise ValueError(f"{architecture} gives {what} for {tuple(input_size)} images: it cannot be a vision tower.")
     return shape
 
@@ -313,13 +325,16 @@ def _check_layers(model: torch.nn.Module, feature_layer: int | list[int] | str |
 def _feature_shape(
     model: torch.nn.Module, images: Tensor, feature_layer: int | list[int] | str | None
 ) -> FeatureShape | None:
-    """The shape of these features, or `None` if they are not one map (or, for `"pooled"`, one vector)."""
+    """The shape of these features, or `None` if they are not one map (`"pooled"`: one vector, `"tokens"`: one row)."""
     features = read_features(model, images, feature_layer)
-    if not isinstance(features, Tensor) or (feature_layer == "pooled" and features.ndim != 2):
+    expected_ndim = {"pooled": 2, "tokens": 3}.get(feature_layer) if isinstance(feature_layer, str) else None
+    if not isinstance(features, Tensor) or expected_ndim not in (None, features.ndim):
         return None
     num_prefix = 0
     if feature_layer == "pooled":
         layout, size, grid = "NC", features.shape[1], (1, 1)
+    elif feature_layer == "tokens":
+        layout, size, grid = "NLC", features.shape[2], (1, features.shape[1])
     elif features.ndim == 3:
         placed = _grid_of_tokens(model, images, features.shape[1])
         if placed is None:
@@ -383,6 +398,13 @@ def flatten_features(features: Tensor, layout: str, num_prefix_tokens: int) -> T
     return features[:, num_prefix_tokens:]
 
 
+def set_layer_norm_eps(timm_model: torch.nn.Module, eps: float | None) -> None:
+    """Put this epsilon into every layer norm; timm itself takes none as a keyword. `None` leaves them as they are."""
+    for module in timm_model.modules() if eps is not None else ():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = eps
+
+
 class VisionTower(TimmWrapperModel):
     """The library's timm wrapper, with timm's own initialisation kept.
 
@@ -392,6 +414,10 @@ class VisionTower(TimmWrapperModel):
     """
 
     _no_split_modules = ["VisionTower"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        set_layer_norm_eps(self.timm_model, getattr(config, "layer_norm_eps", None))
 
     @property
     def device(self) -> torch.device:

@@ -87,6 +87,24 @@ def test_the_language_model_speaks_as_before(pretrained, gpt2_folder):
         assert model.generate(**inputs, max_new_tokens=12, num_beams=num_beams).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_the_placeholder_takes_no_words_probability(gpt2_folder, tokenizer, tmp_path, tied):
+    """All logits of OpenAI's GPT-2 are far below 0: a random row, whose logit is about 0, would be certain."""
+    gpt2 = GPT2LMHeadModel.from_pretrained(gpt2_folder, tie_word_embeddings=tied)
+    gpt2.lm_head.weight.copy_(gpt2.transformer.wte.weight + 1.0)
+    gpt2.transformer.ln_f.bias -= 1.0
+    gpt2.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, processor = compose("resnet10t", tmp_path, pretrained="text", num_image_tokens=4)
+    inputs = processor(text=["What is it?"], suffix=[" It is the number seven."], return_tensors="pt")
+    assert gpt2(inputs["input_ids"]).logits.max() < -10
+    expected = gpt2(inputs["input_ids"], labels=inputs["labels"]).loss * (inputs["labels"] != -100).sum()
+    share = 1 / gpt2.config.vocab_size  # of one word
+    words = (inputs["labels"] != -100).sum()
+    assert 0 <= -model.score(**inputs) - expected <= words * share
+
+
 def test_the_language_models_ties_and_tokens_are_kept(pretrained, tokenizer):
     model, processor = pretrained
     assert model.lm_head.weight is model.get_input_embeddings().weight

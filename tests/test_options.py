@@ -21,7 +21,8 @@ def test_what_is_no_object_is_refused_by_name(value, message):
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(None, None), ("pooled", "pooled"), ("-2", -2), ("[-2, -1]", [-2, -1])]
+    ("value", "expected"),
+    [(None, None), ("pooled", "pooled"), ("tokens", "tokens"), ("-2", -2), ("[-2, -1]", [-2, -1])],
 )
 def test_layers(value, expected):
     assert feature_layer("--feature_layer", value) == expected

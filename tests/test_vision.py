@@ -157,6 +157,22 @@ def test_the_pooled_features_are_what_timms_classifier_reads(name):
     assert (shape.layout, shape.grid) == ("NC", (1, 1))
 
 
+@pytest.mark.parametrize(("name", "count"), [("test_vit", 101), ("deit_tiny_distilled_patch16_224", 198)])
+@torch.no_grad()
+def test_the_tokens_are_all_that_the_backbone_ends_with(name, count):
+    size = resolve_backbone(name).pretrained_cfg["input_size"]
+    shape = probe_features(name, None, size, "tokens")
+    assert (shape.layout, shape.grid, shape.num_prefix) == ("NLC", (1, count), 0)
+    model, images = timm.create_model(name, num_classes=0).eval(), torch.randn(2, *size)
+    tokens = flatten_features(read_features(model, images, "tokens"), shape.layout, shape.num_prefix)
+    assert torch.equal(tokens, model.forward_features(images)) and tokens.shape == (2, count, shape.size)
+
+
+def test_convolutions_have_no_row_of_tokens():
+    with pytest.raises(ValueError, match="resnet10t gives no row of tokens"):
+        probe_features("resnet10t", None, (3, 64, 64), "tokens")
+
+
 def test_layers_that_are_not_read_count_as_unused():
     early = probe_features("vit_tiny_patch16_224", None, (3, 224, 224), 3).unused_parameters
     assert "blocks.4.attn.qkv.weight" in early and "norm.weight" in early and "blocks.3.attn.qkv.weight" not in early

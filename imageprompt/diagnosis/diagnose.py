@@ -16,13 +16,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from ..composing import loading, prepare_tokenizer, refuse_foreign_training
-from ..configuration import ImagePromptConfig
+from ..composing import find_backbone, loading, prepare_tokenizer, refuse_foreign_training
+from ..configuration import ImagePromptConfig, vision_config_of
 from ..image_processing import ImagePromptImageProcessor
 from ..language_models import refuse_other_kinds
 from ..options import new_gpt2
 from ..processing import ImagePromptProcessor
-from ..vision import resolve_backbone
 from .checks import (
     add_lora,
     check_batch_norm,
@@ -137,7 +136,7 @@ def _compose_pair(
     **config_fields,
 ) -> tuple[ImagePromptConfig | None, ImagePromptProcessor | None]:
     """What `compose` does, up to the weights."""
-    trained = resolve_backbone(vision, model_args=model_args)
+    trained = find_backbone(vision, model_args=model_args)
     if isinstance(text, str) and text.lstrip().startswith("{"):
         text = new_gpt2("The language model's settings", text)
     if isinstance(text, PreTrainedConfig):
@@ -169,9 +168,8 @@ def _compose_pair(
             refuse_foreign_training(preprocessing or {}, trained)
     with _as_check(report, "composition"):
         config_fields = {name: value for name, value in config_fields.items() if value is not None}
-        config = ImagePromptConfig.from_backbones(
-            vision, text_config, model_args=model_args, preprocessing=preprocessing, **config_fields
-        )
+        backbone = find_backbone(vision, model_args=model_args, preprocessing=preprocessing)
+        config = ImagePromptConfig(vision_config=vision_config_of(backbone), text_config=text_config, **config_fields)
         if "image_token_id" not in config_fields:
             return config, None
         images = ImagePromptImageProcessor.from_pretrained_cfg(config.vision_config.pretrained_cfg)

@@ -46,7 +46,7 @@ class ModelArguments(LanguageModelArguments):
     num_image_tokens: int | None = field(default=None, metadata={"help": "Tokens per image; the connector's default."})
     fusion: str | None = field(default=None, metadata={"help": "prefix (the default) or cross_attention."})
     feature_layer: str | None = field(
-        default=None, metadata={"help": "Features of an earlier block (-2), several ([-2, -1]) or pooled."}
+        default=None, metadata={"help": "Features of an earlier block (-2), several ([-2, -1]), pooled or tokens."}
     )
     image_size: int | None = field(default=None, metadata={"help": "Square input in pixels; the backbone's own."})
     crop_pct: float | None = field(default=None, metadata={"help": "Share of the resized image that is kept."})
