@@ -13,6 +13,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+convert_app = typer.Typer(help="Make published checkpoints of other projects imageprompt models.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+
 
 @app.command()
 def quickstart(
@@ -251,6 +254,33 @@ def export(
     for kind, difference in export(model, folder, formats).items():
         typer.echo(f"{kind}: logits differ from the model's by at most {difference:.2g}")
     typer.echo(f"{folder} is done.")
+
+
+@convert_app.command()
+def clipcap(
+    checkpoint: Annotated[str, typer.Argument(help="ClipCap's .pt file.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the model; new or empty.")],
+    vision: Annotated[
+        str | None,
+        typer.Option(help="CLIP's tower, of timm; by default ViT-B/32 or RN50x4, by the size of the embedding."),
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="OpenAI's own CLIP file, instead of timm's weights.")] = None,
+    text: Annotated[str, typer.Option(help="The GPT-2 that it was trained from.")] = "openai-community/gpt2",
+    normalize: Annotated[
+        bool | None, typer.Option(help="Whether it was trained on normalised embeddings; needed for transformers.")
+    ] = None,
+) -> None:
+    """A ClipCap checkpoint: CLIP's embedding, a mapper to a prefix, and GPT-2."""
+    from .conversion.clipcap import convert_clipcap
+    from .conversion.output import refuse_used_folder
+
+    refuse_used_folder(output)
+    conversion = convert_clipcap(checkpoint, vision=vision, clip=clip, text=text, normalize=normalize)
+    conversion.model.save_pretrained(output)
+    conversion.processor.save_pretrained(output)
+    float64, float32 = (conversion.differences[name] for name in ("float64", "float32"))
+    typer.echo(f"Largest difference of a logit from ClipCap's: {float64:.1e} in float64, {float32:.1e} in float32.")
+    typer.echo(f"Saved to {output}.")
 
 
 def main() -> None:

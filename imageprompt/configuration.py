@@ -81,7 +81,7 @@ class ImagePromptConfig(PreTrainedConfig):
             (`input_size` as channels, height, width; `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`).
         text_config (`PreTrainedConfig` or `dict`): the language model's configuration, GPT-2 by default.
         connector (`str`): name in `imageprompt.connectors.CONNECTORS`.
-        connector_args (`dict[str, int]`, *optional*): what the connector takes besides, such as `depth`.
+        connector_args (`dict`, *optional*): what the connector takes besides, such as `depth`; see its class.
         fusion (`str`):
             `"prefix"`: image tokens are part of the language model's input sequence. `"cross_attention"`: one
             placeholder per image is, and GPT-2's own cross-attention reads the image tokens beside it.

@@ -77,15 +77,22 @@ def build_connector(config) -> "Connector":
         ValueError: for arguments that this connector does not take or cannot use.
     """
     kind = connector_class(config.connector)
-    known = [name for name, value in inspect.signature(kind).parameters.items() if value.kind == value.KEYWORD_ONLY]
+    known = {
+        name: value.default
+        for name, value in inspect.signature(kind).parameters.items()
+        if value.kind == value.KEYWORD_ONLY
+    }
     arguments: dict[str, Any] = config.connector_args or {}
-    if unknown := sorted(arguments.keys() - set(known)):
+    if unknown := sorted(arguments.keys() - known.keys()):
         raise ValueError(
             f"{config.connector!r} takes no {', '.join(unknown)} in `connector_args`; it takes "
             f"{', '.join(known) or 'none'}."
         )
     for name, value in arguments.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if isinstance(known[name], bool):
+            if not isinstance(value, bool):
+                raise ValueError(f"`connector_args[{name!r}]` is True or False, got {value!r}.")
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`connector_args[{name!r}]` is a positive whole number, got {value!r}.")
     return kind(config, **arguments)
 
@@ -313,31 +320,57 @@ class _ResamplerLayer(nn.Module):
         return queries + self.mlp(queries)
 
 
-class ClipCapMLPConnector(Connector):
-    """ClipCap's MLP mapper (arXiv 2111.09734): the image's summary to all tokens at once, with a tanh between.
+class ClipCapConnector(Connector):
+    """What ClipCap's two mappers share: the one vector that they make of an image.
 
-    Reads the backbone's own summary of the image (`feature_layer="pooled"`); of any other features, their mean. ClipCap
-    reads CLIP's embedding, which lies one linear layer, CLIP's projection, behind that summary.
+    That is the backbone's own summary of the image (`feature_layer="pooled"`); of any other features, their mean.
+    ClipCap reads CLIP's embedding, which lies one linear layer, CLIP's projection, behind that summary: with
+    `clip_size`, the layer is here, as towers end before it.
+
+    Args:
+        clip_size: numbers of CLIP's embedding; without it, the summary is read as it is.
+        normalize: divide the vector by its length, as ClipCap's `--normalize_prefix` does.
     """
 
     feature_layer = "pooled"
 
-    def __init__(self, config):
+    def __init__(self, config, clip_size: int | None, normalize: bool):
         super().__init__(config)
-        outputs = self.num_tokens * self.width
-        self.linear_1 = nn.Linear(self.feature_size, outputs // 2)
-        self.linear_2 = nn.Linear(outputs // 2, outputs)
+        self.projection = nn.Linear(self.feature_size, clip_size) if clip_size else None
+        self.normalize = normalize
+        self.summary_size = clip_size or self.feature_size
 
     @staticmethod
     def default_num_tokens(grid: list[int]) -> int:
         return 10
 
+    def summarise(self, features: Tensor) -> Tensor:
+        """(images, rows * columns, feature_size) to (images, summary_size)."""
+        summary = features.mean(1)
+        if self.projection is not None:
+            summary = self.projection(summary)
+        return F.normalize(summary, dim=-1) if self.normalize else summary
+
+
+class ClipCapMLPConnector(ClipCapConnector):
+    """ClipCap's MLP mapper (arXiv 2111.09734): the image's summary to all tokens at once, with a tanh between.
+
+    Args:
+        clip_size, normalize: see [`ClipCapConnector`].
+    """
+
+    def __init__(self, config, *, clip_size: int | None = None, normalize: bool = False):
+        super().__init__(config, clip_size, normalize)
+        outputs = self.num_tokens * self.width
+        self.linear_1 = nn.Linear(self.summary_size, outputs // 2)
+        self.linear_2 = nn.Linear(outputs // 2, outputs)
+
     def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        hidden = torch.tanh(self.linear_1(features.mean(1)))
+        hidden = torch.tanh(self.linear_1(self.summarise(features)))
         return self.linear_2(hidden).unflatten(1, (self.num_tokens, self.width))
 
 
-class ClipCapTransformerConnector(Connector):
+class ClipCapTransformerConnector(ClipCapConnector):
     """ClipCap's transformer mapper (arXiv 2111.09734): summary tokens and learned constants attend to each other.
 
     The image's summary becomes `clip_length` tokens; the outputs at the constants are the image tokens. The layers are
@@ -347,15 +380,23 @@ class ClipCapTransformerConnector(Connector):
         clip_length: tokens made of the summary.
         depth: layers.
         num_heads: attention heads.
+        clip_size, normalize: see [`ClipCapConnector`].
     """
 
-    feature_layer = "pooled"
-
-    def __init__(self, config, *, clip_length: int = 10, depth: int = 8, num_heads: int = 8):
-        super().__init__(config)
+    def __init__(
+        self,
+        config,
+        *,
+        clip_length: int = 10,
+        depth: int = 8,
+        num_heads: int = 8,
+        clip_size: int | None = None,
+        normalize: bool = False,
+    ):
+        super().__init__(config, clip_size, normalize)
         _check_heads(self.width, num_heads)
         self.clip_length = clip_length
-        self.linear = nn.Linear(self.feature_size, clip_length * self.width)
+        self.linear = nn.Linear(self.summary_size, clip_length * self.width)
         self.constants = nn.Embedding(self.num_tokens, self.width)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -370,12 +411,8 @@ class ClipCapTransformerConnector(Connector):
             for _ in range(depth)
         )
 
-    @staticmethod
-    def default_num_tokens(grid: list[int]) -> int:
-        return 10
-
     def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        summary = self.linear(features.mean(1)).unflatten(1, (self.clip_length, self.width))
+        summary = self.linear(self.summarise(features)).unflatten(1, (self.clip_length, self.width))
         tokens = torch.cat([summary, self.constants.weight.expand(features.shape[0], -1, -1)], dim=1)
         for layer in self.layers:
             tokens = layer(tokens)

@@ -203,6 +203,8 @@ def test_clipcap_transformer_reads_its_constants():
         ("resampler", {"num_heads": 3}, "3 attention heads do not divide the language model's width of 8"),
         ("clipcap_transformer", {"clip_length": 2.5}, "positive whole number, got 2.5"),
         ("clipcap_transformer", {"num_heads": 16}, "16 attention heads do not divide"),
+        ("clipcap_mlp", {"normalize": 1}, "is True or False, got 1"),
+        ("clipcap_mlp", {"clip_size": True}, "positive whole number, got True"),
     ],
 )
 def test_arguments_that_a_connector_cannot_use_are_refused(connector, arguments, message):

@@ -58,8 +58,9 @@ def test_python_blocks_run_and_print_what_the_page_says(page, tokenizer, tmp_pat
         assert capsys.readouterr().out == shown
 
 
-# Pages whose Python blocks run elsewhere: they need a server, the README's model, or are run as a whole.
+# Pages whose Python blocks run elsewhere: they need a server, checkpoints, the README's model, or are run as a whole.
 PYTHON_ELSEWHERE = [
+    "bring-your-checkpoint.md",
     "compression.md",
     "export.md",
     "generation.md",
@@ -74,6 +75,7 @@ COMMANDS_TRIED = [
     ["imageprompt", "evaluate"],
     ["imageprompt", "export"],
     ["accelerate", "launch"],
+    ["imageprompt", "convert"],
     ["imageprompt", "generate"],
     ["imageprompt", "pretrain"],
     ["imageprompt", "push"],
