@@ -39,8 +39,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, size, patch, width, layers, embedding):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(width))
-        self.positional_embedding = nn.Parameter(torch.randn((size // patch) ** 2 + 1, width))
+        self.class_embedding = nn.Parameter(torch.randn(width) / width**0.5)
+        self.positional_embedding = nn.Parameter(torch.randn((size // patch) ** 2 + 1, width) / width**0.5)
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.Sequential(*(Block(width) for _ in range(layers)))
@@ -77,7 +77,7 @@ class Bottleneck(nn.Module):
 class AttentionPool(nn.Module):
     def __init__(self, positions, width, embedding):
         super().__init__()
-        self.positional_embedding = nn.Parameter(torch.randn(positions + 1, width))
+        self.positional_embedding = nn.Parameter(torch.randn(positions + 1, width) / width**0.5)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.c_proj = nn.Linear(width, embedding)
 

@@ -32,8 +32,8 @@ WIDTH, SIZE, NEW_TOKENS = 32, 64, 10
 
 
 def blots(seed, size):
-    """Four colours that run into each other: pictures that differ more than noise does."""
-    colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    """Four bright colours that run into each other: pictures that differ more than noise does."""
+    colours = 255 * np.random.default_rng(seed).integers(0, 2, (2, 2, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
 
 
@@ -83,13 +83,16 @@ def publish(
             module.momentum = 1.0  # statistics of the pictures, without which they would all look alike
     with torch.no_grad():
         clip(torch.stack([openai_transform(SIZE)(each) for each in PICTURES]))
+    for module in clip.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.clamp_(min=0.3)  # dividing by less would blow up rounding
     clip.eval()
     size = 512 if encoder == "ViT-B/32" else 640
     clipcap = ClipCap(mapper or MLP(size, WIDTH, length), length, tiny_gpt2(vocab_size=len(tokenizer))).eval()
     with torch.no_grad():  # weights as large as those of a model that has learnt: it says different things, and ends
         for parameter in clipcap.gpt.transformer.parameters():
             if parameter.ndim == 2:
-                parameter *= 15
+                parameter *= 10
         clipcap.gpt.transformer.wte.weight[stop_of(tokenizer)] *= dot
 
     folder.mkdir(exist_ok=True)
@@ -154,13 +157,13 @@ def published(tmp_path_factory, tokenizer) -> Published:
 @torch.no_grad()
 def test_logits_are_those_of_the_reference(variant):
     published, converted = variant
-    ids = torch.randint(0, converted.model.config.image_token_id, (len(PICTURES), 12))
+    ids = torch.randint(0, converted.model.config.image_token_id, (1, 12)).expand(len(PICTURES), -1)
     inputs = converted.processor(images=PICTURES, return_tensors="pt")
     assert inputs["input_ids"].shape[1] == published.clipcap.length
     logits = converted.model(torch.cat([inputs["input_ids"], ids], 1), pixel_values=inputs["pixel_values"]).logits
     expected = published.clipcap.logits(published.prefix(*PICTURES), ids)
     assert expected.std() > 1
-    assert expected[0].sub(expected[1]).abs().max() > 0.1  # the pictures matter
+    assert max_difference(expected[0], expected[1]) > 1e-3  # the pictures matter
     assert max_difference(logits[..., : expected.shape[-1]], expected) <= 1e-5
     assert converted.differences["float64"] < 1e-10
     assert converted.differences["float32"] <= 1e-5
@@ -182,13 +185,10 @@ def test_captions_are_those_of_the_reference(variant):
     published, converted = variant
     tokenizer = converted.processor.tokenizer
     stop = stop_of(tokenizer)
-    captions = []
     for each in PICTURES:
-        prefix = published.prefix(each)
-        captions.append(greedy(published.clipcap, prefix, stop, NEW_TOKENS))
-        assert new_tokens(converted, each, eos_token_id=stop) == captions[-1]
-        assert new_tokens(converted, each) == up_to(captions[-1], tokenizer.eos_token_id)
-    assert len(set(map(tuple, captions))) > 1
+        caption = greedy(published.clipcap, published.prefix(each), stop, NEW_TOKENS)
+        assert new_tokens(converted, each, eos_token_id=stop) == caption
+        assert new_tokens(converted, each) == up_to(caption, tokenizer.eos_token_id)
     for each in PICTURES[:2]:
         prefix = published.prefix(each)
         own = new_tokens(converted, each, num_beams=5, custom_generate=clipcap_beam_search, eos_token_id=stop)
@@ -199,11 +199,11 @@ def test_captions_are_those_of_the_reference(variant):
         assert new_tokens(converted, each, num_beams=5, eos_token_id=stop) == up_to(expected[0].tolist(), stop)
 
 
-def test_some_captions_end_and_beams_keep_them(published):
+def test_captions_differ_and_some_end_among_the_beams(published):
     """Otherwise the comparisons of captions would compare little."""
     converted = convert_clipcap(published.checkpoint, **published.options)
     stop = stop_of(converted.processor.tokenizer)
-    ended = 0
+    ended, best = 0, []
     for each in PICTURES:
         reference = beams(published.clipcap, published.prefix(each), stop, NEW_TOKENS)
         inputs = converted.processor(images=each, return_tensors="pt")
@@ -218,7 +218,9 @@ def test_some_captions_end_and_beams_keep_them(published):
         rows = [up_to(row, stop) for row in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
         assert rows == [ids for _, ids in reference]
         ended += sum(ids[-1] == stop for _, ids in reference)
+        best.append(reference[0][1])
     assert 0 < ended < 5 * len(PICTURES)
+    assert best[0] != best[-1]
     with pytest.raises(ValueError, match="one row at a time"):
         inputs = converted.processor(images=PICTURES[:2], return_tensors="pt")
         converted.model.generate(**inputs, num_beams=5, custom_generate=clipcap_beam_search)
