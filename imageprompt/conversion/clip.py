@@ -126,7 +126,8 @@ def _encode_vit(weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
     for block in (f"transformer.resblocks.{index}" for index in range(depth)):
         states = norm(x, f"{block}.ln_1")
         states = F.linear(states, weights[f"{block}.attn.in_proj_weight"], weights[f"{block}.attn.in_proj_bias"])
-        x = x + linear(attention(*states.chunk(3, dim=-1), x.shape[-1] // HEAD_WIDTH), f"{block}.attn.out_proj")
+        query, key, value = states.chunk(3, dim=-1)
+        x = x + linear(attention(query, key, value, x.shape[-1] // HEAD_WIDTH), f"{block}.attn.out_proj")
         states = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
         x = x + linear(states * torch.sigmoid(1.702 * states), f"{block}.mlp.c_proj")
     return norm(x[:, 0], "ln_post") @ weights["proj"]

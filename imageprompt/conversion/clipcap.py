@@ -343,7 +343,7 @@ def _verify(
     random = np.random.default_rng(0)
     sizes = [(320, 420), (500, 300)]
     pictures = [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-    ids = torch.from_numpy(random.integers(0, min(vocab_size, model.config.image_token_id), (len(pictures), 24)))
+    ids = torch.from_numpy(random.integers(0, min(vocab_size, processor.image_token_id), (len(pictures), 24)))
     inputs = processor(images=pictures, return_tensors="pt")
     prompts = {"input_ids": torch.cat([inputs["input_ids"], ids], dim=1), "pixel_values": inputs["pixel_values"]}
     differences = {}
