@@ -34,6 +34,24 @@ BACKBONES = {
 }
 
 
+# What travels with a checkpoint.
+CODE = {
+    f"{name}.py"
+    for name in (
+        "checkpoints",
+        "configuration",
+        "connectors",
+        "fusion",
+        "image_processing",
+        "linear",
+        "modeling",
+        "processing",
+        "sharing",
+        "vision",
+    )
+}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def frozen_imports():
     """Every training collects garbage, which need not look through all that is imported: half a second each time."""

@@ -20,10 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints.save import answers
-from conftest import max_difference, picture, tiny_gpt2
+from conftest import CODE, max_difference, picture, tiny_gpt2
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_saving import CODE
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 import imageprompt

@@ -14,9 +14,9 @@ import pytest
 import timm
 from conftest import make_photos, picture, tiny_gpt2
 from safetensors.torch import save_file
-from transformers import GPT2LMHeadModel, PreTrainedModel, ProcessorMixin
+from transformers import GPT2LMHeadModel
 
-from imageprompt import ImagePromptForConditionalGeneration
+from imageprompt import ImagePromptForConditionalGeneration, ImagePromptProcessor
 from imageprompt.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ def test_readme_runs(hub, tmp_path, monkeypatch, capsys):
     def save_locally(self, repo_id, **kwargs):
         self.save_pretrained(tmp_path / repo_id)
 
-    for owner in (PreTrainedModel, ProcessorMixin):
+    for owner in (ImagePromptForConditionalGeneration, ImagePromptProcessor):
         monkeypatch.setattr(owner, "push_to_hub", save_locally)
     monkeypatch.chdir(tmp_path)
     picture().save("photo.jpg")

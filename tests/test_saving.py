@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONES, max_difference, picture, tiny, tiny_gpt2
+from conftest import BACKBONES, CODE, max_difference, picture, tiny, tiny_gpt2
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -198,20 +198,6 @@ def test_loading_says_nothing_odd(saved, capfd, caplog):
 
 
 # --- remote code
-
-MODULES = [
-    "checkpoints",
-    "configuration",
-    "connectors",
-    "fusion",
-    "image_processing",
-    "linear",
-    "modeling",
-    "processing",
-    "sharing",
-    "vision",
-]
-CODE = {f"{name}.py" for name in MODULES}
 
 
 def test_pain_12_every_file_of_the_code_is_in_the_checkpoint(saved):

@@ -195,7 +195,7 @@ def test_a_folder_with_something_in_it_is_not_written_over(imported, tmp_path):
     folder = imported[-1]
     (tmp_path / "notes.txt").write_text("mine")
     result = CliRunner().invoke(app, ["convert", "vision-encoder-decoder", str(folder), str(tmp_path)])
-    assert isinstance(result.exception, ValueError) and "is not empty" in str(result.exception)
+    assert isinstance(result.exception, ValueError) and "not an empty folder" in str(result.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
