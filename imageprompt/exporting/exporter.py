@@ -34,13 +34,16 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # logit: those of pretrained language models reach 100, where fp32 alone rounds to 1e-5.
 TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
 
-# Generation settings that the loop follows, and those that say nothing to greedy search for new tokens.
+# Generation settings that the loop follows, those that change nothing in greedy search for new tokens, and the values
+# with which others change nothing, besides none and 0.
 FOLLOWED = {"eos_token_id", "pad_token_id", "suppress_tokens", "max_new_tokens"}
 WITHOUT_EFFECT = {
-    *("bos_token_id", "cache_implementation", "early_stopping", "length_penalty", "max_length", "min_length"),
-    *("num_beams", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-    *("output_attentions", "output_hidden_states", "transformers_version", "use_cache", "_from_model_config"),
+    *("num_beams", "early_stopping", "length_penalty", "do_sample", "temperature", "top_k", "top_p", "min_p"),
+    *("typical_p", "epsilon_cutoff", "eta_cutoff", "max_length", "bos_token_id", "decoder_start_token_id"),
+    *("use_cache", "cache_implementation", "prefill_chunk_size", "return_dict_in_generate", "output_logits"),
+    *("output_scores", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"),
 }
+NEUTRAL = {"repetition_penalty": 1.0, "guidance_scale": 1.0, "num_return_sequences": 1, "num_beam_groups": 1}
 # Words that are read one by one after the sample's prompts.
 STEPS = 2
 
@@ -114,10 +117,14 @@ def _check_formats(formats: Sequence[str]) -> None:
 
 def _check_generation(config: GenerationConfig) -> None:
     """Refuse settings that `model.generate` would follow and the loop would not."""
-    settings = config.to_diff_dict()
-    if others := sorted(name for name in settings.keys() - FOLLOWED - WITHOUT_EFFECT if settings[name] is not None):
+    others = {
+        name: value
+        for name, value in sorted(config.to_diff_dict().items())
+        if name not in FOLLOWED | WITHOUT_EFFECT and value and value != NEUTRAL.get(name)
+    }
+    if others:
         raise ValueError(
-            f"The model's generation settings hold {', '.join(f'{name}={settings[name]}' for name in others)}, which "
+            f"The model's generation settings hold {', '.join(f'{name}={others[name]}' for name in others)}, which "
             "the exported loop does not follow: reset them in `model.generation_config` and save the model."
         )
     if config.eos_token_id is None:
@@ -137,7 +144,7 @@ def _write(graph: Graph, path: Path, formats: Sequence[str]) -> None:
                 verbose=False,
             )
         # torch calls them s0, s1, …
-        names: dict[Any, Any] = {}
+        names: dict[Any, str] = {}
         for value, spec in zip(onnx.model.graph.inputs, graph.inputs.values(), strict=True):
             names |= {old: new for old, new in zip(value.shape, spec.shape, strict=True) if new in DIMENSIONS}
         onnx.rename_axes(names)

@@ -72,6 +72,7 @@ class ImageGraph(nn.Module):
         image_tokens = self.connector(flatten_features(outputs.last_hidden_state, layout, prefix))
         if self.config.fusion == "prefix":
             return (image_tokens,)
+        image_tokens = image_tokens.contiguous()  # GPT-2's projections take a view of them
         projected = [projection(image_tokens) for projection in self.projections]
         by_head = torch.stack(projected, dim=1).unflatten(-1, (2, self.config.num_attention_heads, -1))
         return by_head.permute(3, 0, 1, 4, 2, 5).unbind(0)
@@ -128,7 +129,7 @@ class DecoderGraph(nn.Module):
     def _put_images_in_text(self, input_ids: Tensor, embeds: Tensor, image_embeds: Tensor) -> Tensor:
         """As the model's `masked_scatter`, by an index; what stands in row 0 is never taken."""
         tokens = torch.cat([torch.zeros_like(embeds[0, :1]), image_embeds.flatten(0, 1)])
-        placeholders = input_ids.eq(self.config.image_token_id)
+        placeholders = torch.eq(input_ids, self.config.image_token_id)
         index = placeholders.flatten().long().cumsum(0).reshape(input_ids.shape)
         # A placeholder that was generated, which the settings may allow, is a word.
         has_image = placeholders & (index < tokens.shape[0])
@@ -158,18 +159,13 @@ def image_graph(model: ImagePromptForConditionalGeneration) -> Graph:
     config = model.config
     pixel_values = TensorSpec("float32", ["images", config.num_channels, *config.image_size])
     if config.fusion == "prefix":
-        outputs = {"image_embeds": _tokens_of_images(config)}
+        outputs = {"image_embeds": TensorSpec("float32", ["images", *_tokens_of_an_image(config)])}
     else:
         outputs = {
             name: TensorSpec("float32", ["images", *_keys_of_an_image(config)])
             for name in ("image_keys", "image_values")
         }
     return Graph(ImageGraph(model), {"pixel_values": pixel_values}, outputs)
-
-
-def _tokens_of_images(config: ImagePromptConfig) -> TensorSpec:
-    assert config.num_image_tokens is not None  # resolved when the configuration was made
-    return TensorSpec("float32", ["images", config.num_image_tokens, config.hidden_size])
 
 
 def decoder_graph(model: ImagePromptForConditionalGeneration) -> Graph:
@@ -185,7 +181,7 @@ def decoder_graph(model: ImagePromptForConditionalGeneration) -> Graph:
         "logits_to_keep": TensorSpec("int64", ["kept"]),
     }
     if config.fusion == "prefix":
-        inputs["image_embeds"] = _tokens_of_images(config)
+        inputs["image_embeds"] = TensorSpec("float32", ["images", *_tokens_of_an_image(config)])
     else:
         for name in ("image_keys", "image_values"):
             inputs[name] = TensorSpec("float32", ["rows", "images", *_keys_of_an_image(config)])
@@ -199,29 +195,31 @@ def decoder_graph(model: ImagePromptForConditionalGeneration) -> Graph:
     return Graph(DecoderGraph(model), inputs, outputs)
 
 
-def _keys_of_an_image(config: ImagePromptConfig) -> list[int]:
+def _tokens_of_an_image(config: ImagePromptConfig) -> list[Any]:
+    return [config.num_image_tokens, config.hidden_size]
+
+
+def _keys_of_an_image(config: ImagePromptConfig) -> list[Any]:
     heads = config.num_attention_heads
     return [config.num_hidden_layers, heads, config.num_image_tokens, config.hidden_size // heads]
 
 
 @torch.no_grad()
-def _cache_layers(model: ImagePromptForConditionalGeneration) -> list[DynamicLayer]:
+def _cache_layers(model: ImagePromptForConditionalGeneration) -> list[Any]:
     """The cache after two words."""
-    words = torch.tensor([[0, 1]], device=model.device)
-    cache = model.model.language_model(
-        inputs_embeds=model.get_input_embeddings()(words), use_cache=True
-    ).past_key_values
-    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    kinds = (
-        {type(layer).__name__ for layer in cache.layers} if isinstance(cache, DynamicCache) else {type(cache).__name__}
-    )
+    embeds = model.get_input_embeddings()(torch.tensor([[0, 1]]))
+    cache = model.model.language_model(inputs_embeds=embeds, use_cache=True).past_key_values
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    layers = cache.layers if isinstance(cache, DynamicCache) else [cache]
+    kinds = {type(layer).__name__ for layer in layers}
     if kinds != {DynamicLayer.__name__}:
         raise ValueError(
             f"A {model.config.text_config.model_type!r} language model keeps other things than the keys and values of "
             f"all positions ({', '.join(sorted(kinds))}), which the exported decoder does not: GPT-2 and others with a "
             "plain cache can be exported."
         )
-    return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return layers
 
 
 @torch.no_grad()

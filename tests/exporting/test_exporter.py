@@ -332,8 +332,12 @@ def test_a_model_whose_images_leave_no_room_is_refused(tokenizer, tmp_path):
 def test_settings_without_effect_on_greedy_search_are_accepted(tokenizer):
     model, _ = tiny(tokenizer)
     settings = model.generation_config
-    settings.num_beams, settings.do_sample, settings.temperature = 4, True, 0.7
+    settings.num_beams, settings.do_sample, settings.temperature, settings.repetition_penalty = 4, True, 0.7, 1.0
+    settings.min_length = 0
     exporter._check_generation(settings)
+    settings.min_length = 1
+    with pytest.raises(ValueError, match="hold min_length=1, which"):
+        exporter._check_generation(settings)
 
 
 @pytest.mark.parametrize("exported", ["cross_attention"], indirect=True)
