@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 import typer
-from conftest import make_photos, picture, tiny
+from conftest import make_photos, picture, tiny, tiny_gpt2
 from test_recipes import RECIPES
-from transformers import HfArgumentParser
+from transformers import GPT2LMHeadModel, HfArgumentParser
 from typer.testing import CliRunner
 
 from imageprompt.data.sources import Source
@@ -124,11 +124,17 @@ def on_shared_data(arguments: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("arguments", filter(on_shared_data, commands("imageprompt", "train")))
-def test_training_commands_run(arguments, shared_data, tmp_path, monkeypatch):
-    monkeypatch.chdir(DOCS.parent)
-    short = ["--max_steps", "1", "--per_device_train_batch_size", "2"]
-    main([*arguments, *short, "--output_dir", str(tmp_path / "run")])
-    assert (tmp_path / "run" / "model.safetensors").exists()
+def test_training_commands_run(arguments, shared_data, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "shared").symlink_to(shared_data.parent)
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "docs").symlink_to(DOCS)
+    monkeypatch.chdir(tmp_path / "clone")
+    arguments = spell_out_recipe(arguments)
+    if "--text" in arguments:  # of an earlier command of the page
+        for part in (GPT2LMHeadModel(tiny_gpt2(n_positions=512)), tokenizer):
+            part.save_pretrained(arguments[arguments.index("--text") + 1])
+    main([*arguments, "--max_steps", "1", "--per_device_train_batch_size", "2", "--output_dir", "run"])
+    assert Path("run/model.safetensors").exists()
 
 
 def evaluate_with_a_tiny_model(arguments: list[str], tokenizer) -> dict:

@@ -33,7 +33,7 @@ def test_rows_of_answers_are_what_was_measured(task):
     assert scores["broken_rows"] == [] == training["broken_rows"]
 
 
-@pytest.mark.parametrize("task", [*ANSWERS, "flickr8k"])
+@pytest.mark.parametrize("task", [*ANSWERS, "flickr8k", "text"])
 def test_recipes_ask_in_the_test_as_in_training(task):
     train, evaluate = read(task, "train"), read(task, "evaluate")
     for name in ("dataset", "text_column", "suffix_column", "prompt"):
@@ -68,6 +68,14 @@ def test_the_text_only_language_model_is_what_was_measured():
     sentences = " ".join(PAGE.split())
     assert f"perplexity of {found['perplexity']:.1f} ({found['bits_per_byte']:.2f} bits per byte)" in sentences
     assert f"{found['tokens']:,} tokens" in sentences
+    scores = read("text", "scores")["scores"]
+    figures = " | ".join(f"{scores[key]:.3f}" for key in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"))
+    assert f"| pretrained on captions | {figures} |" in PAGE
+    assert scores["CIDEr"] > read("flickr8k", "scores")["scores"]["CIDEr"]
+    assert f"took {read('text', 'training')['metrics']['train_runtime'] / 60:.0f} minutes" in sentences
+    shared = {name: value for name, value in read("text", "train").items() if name in read("flickr8k", "train")}
+    different = {name for name, value in shared.items() if value != read("flickr8k", "train")[name]}
+    assert different == {"pretrained", "output_dir"}
 
 
 def test_the_comparison_runs_and_goes_on_where_it_stopped(comparison, tokenizer, tmp_path, monkeypatch):
