@@ -193,7 +193,8 @@ def _csv_options(path: Path) -> dict[str, Any]:
 
 def _cut(source: Source, splits: DatasetDict, split: str) -> Dataset:
     """The rows of a split or of parts of some; the rows of an image stay together."""
-    images = {name: _rows_of_images(part, source) for name, part in splits.items()}
+    # Other splits are only there to be named in messages.
+    images = {name: _rows_of_images(part, source) if name in split else None for name, part in splits.items()}
     if source.join_rows:
         splits = DatasetDict({name: _joined(part, images[name], source) for name, part in splits.items()})
         images = dict.fromkeys(images)
