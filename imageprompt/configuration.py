@@ -41,6 +41,8 @@ FUSIONS = ("prefix", "cross_attention")
 
 # Labels with this value are not supervised: torch's cross-entropy ignores it.
 IGNORE_INDEX = -100
+# Tokenizers may add these; GPT-2 would add them up as if they were words.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 # Keywords that the library itself writes into config.json or passes on, besides the declared fields.
 _LIBRARY_KEYWORDS = {
@@ -231,6 +233,21 @@ class ImagePromptConfig(PreTrainedConfig):
     def image_seq_length(self) -> int | None:
         """Placeholders, and so positions of the language model, that an image takes."""
         return self.num_image_tokens if self.fusion == "prefix" else 1
+
+    def check_positions(self, length: int, new_tokens: int = 0) -> None:
+        """Refuse more tokens in a row than the language model has positions for.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        positions = getattr(self, "max_position_embeddings", None)
+        if positions is not None and length + new_tokens > positions:
+            new = f" and {new_tokens} new ones" if new_tokens else ""
+            raise ValueError(
+                f"{length} tokens in a row (images take {self.image_seq_length} each){new} need more than the language "
+                f"model's {positions} positions. Shorten the text, pass fewer images, lower `max_new_tokens`, or "
+                "compose the model with a smaller `num_image_tokens`."
+            )
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -10,9 +10,6 @@ runs on supervised positions only.
 import inspect
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
@@ -22,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
@@ -31,8 +28,9 @@ from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .checkpoints import check_loaded, reading
-from .configuration import IGNORE_INDEX, PARTS, ImagePromptConfig
+from .configuration import IGNORE_INDEX, PARTS, TOKEN_TYPES, ImagePromptConfig
 from .connectors import build_connector
+from .decoding import ImagePromptGenerationMixin, evaluating
 from .fusion import (
     ImageCache,
     attention_to_images,
@@ -45,9 +43,6 @@ from .sharing import CardFacts, files_in, upload
 from .vision import FeatureShape, VisionTower, flatten_features, probe_features
 
 logger = logging.get_logger(__name__)
-
-# Tokenizers may add these; GPT-2 would add them up as if they were words.
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass
@@ -513,8 +508,8 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         return image_tokens
 
 
-class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, GenerationMixin):
-    """The model with a language-modelling head: `generate`, training with `labels`, and `score`."""
+class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, ImagePromptGenerationMixin):
+    """The model with a language-modelling head: training with `labels`, and all of [`ImagePromptGenerationMixin`]."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -641,106 +636,6 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, Generation
                 **details,
             )
 
-    @torch.no_grad()
-    def score(self, labels: Tensor, **inputs) -> Tensor:
-        """Log-likelihood of the labelled tokens, for ranking texts under an image.
-
-        Args:
-            labels: (rows, positions), as `processor(..., suffix=texts)` makes them.
-            inputs: the processor's other outputs.
-
-        Returns:
-            (rows,), the sum over each row's labelled tokens in nats, in fp32, without dropout; 0 for a row without any.
-        """
-        with evaluating(self):
-            hidden_states = self.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
-        logits, targets, rows = self._supervised(hidden_states, labels)
-        log_likelihood = -F.cross_entropy(logits.float(), targets, reduction="none")
-        return log_likelihood.new_zeros(labels.shape[0]).index_add_(0, rows, log_likelihood)
-
-    def generate(
-        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
-    ):
-        """`GenerationMixin.generate` for prompts that fit, padded on either side.
-
-        Raises:
-            ValueError: if the longest prompt plus the new tokens needs more positions than the language model has, or
-                if the library would lose the images on the way; images are not encoded then.
-        """
-        for name in TOKEN_TYPES:
-            kwargs.pop(name, None)
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
-        if kwargs.get("pixel_values") is None:
-            kwargs.pop("pixel_values", None)  # the library would encode what is not there
-        mask = kwargs.get("attention_mask")
-        prompt = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids")
-        if prompt is not None:
-            length = prompt.shape[1] if mask is None else int(mask.sum(-1).max())
-            _check_positions(self.config, length, self._count_new_tokens(prompt.shape[1], generation_config, kwargs))
-        self._refuse_lost_images(generation_config, kwargs)
-        if mask is not None and not mask[:, -1].all():
-            kwargs |= _pad_left(kwargs)
-        if kwargs.get("mm_encoder_outputs"):
-            # The library repeats these in place for beams; the caller may want them again.
-            kwargs["mm_encoder_outputs"] = {name: copy(output) for name, output in kwargs["mm_encoder_outputs"].items()}
-        if self.config.fusion == "cross_attention":
-            kwargs |= self._images_of_rows(kwargs)
-        return super().generate(None, generation_config, *args, **kwargs)
-
-    @torch.no_grad()
-    def _images_of_rows(self, inputs: dict) -> dict:
-        """The inputs of `generate` with images encoded row by row, which the library repeats for beams as any input."""
-        encoded = inputs.pop("mm_encoder_outputs", None) or {}
-        pixel_values, image_index = inputs.pop("pixel_values", None), inputs.pop("image_index", None)
-        if pixel_values is None and "image" not in encoded:
-            return {}
-        input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        if inputs_embeds is None and input_ids is not None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if inputs_embeds is None:
-            raise ValueError("Image features and image tokens do not match: there are images but no prompt.")
-        if (cache := inputs.get("past_key_values")) is not None:
-            self.model._make_room_for_images(ImageCache.of(cache, self.config.text_config))
-        image = encoded.get("image") or self.get_image_features(pixel_values, image_index, return_dict=True)
-        placeholders = self.model.get_placeholder_mask(input_ids, inputs_embeds, image.pooler_output).squeeze(-1)
-        states, mask = group_by_row(placeholders, image.pooler_output)
-        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-
-    def _count_new_tokens(self, padded_length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
-        """How many tokens `generate` may add; at least one."""
-        new_tokens = self._setting("max_new_tokens", generation_config, kwargs)
-        if new_tokens is not None:
-            return new_tokens
-        return max(1, (self._setting("max_length", generation_config, kwargs) or 0) - padded_length)
-
-    def _setting(self, name: str, generation_config: GenerationConfig | None, kwargs: dict):
-        """A generation setting, by the library's order of precedence."""
-        sources = (kwargs, *(config.to_dict() for config in (generation_config, self.generation_config) if config))
-        return next((source[name] for source in sources if source.get(name) is not None), None)
-
-    def _refuse_lost_images(self, generation_config: GenerationConfig | None, kwargs: dict) -> None:
-        if kwargs.get("inputs_embeds") is not None and self._setting("prefill_chunk_size", generation_config, kwargs):
-            raise ValueError("`prefill_chunk_size` cuts ids, not embeddings: pass `input_ids`, or no chunk size.")
-        if kwargs.get("pixel_values") is None and not kwargs.get("mm_encoder_outputs"):
-            return
-        assistant = kwargs.get("assistant_model")
-        if assistant is not None and self.config.fusion == "cross_attention":
-            raise ValueError("The library hands images on to the assistant: with cross-attention, leave it out.")
-        early_exit = self._setting("assistant_early_exit", generation_config, kwargs)
-        if early_exit or isinstance(assistant, ImagePromptPreTrainedModel):
-            raise ValueError(
-                "The library shows an assistant no images: pass a language model without images as `assistant_model`, "
-                "and no `assistant_early_exit`."
-            )
-        if assistant is not None:
-            rows = assistant.get_input_embeddings().num_embeddings
-            if rows <= self.config.image_token_id:
-                raise ValueError(
-                    f"`assistant_model` has {rows} tokens and none for the placeholder {self.config.image_token_id}: "
-                    f"call `assistant_model.resize_token_embeddings({self.config.vocab_size})` first."
-                )
-
 
 class _BatchedAttention:
     """A layer of vLLM's attention, with its answer in the shape of the library's own attention functions.
@@ -757,17 +652,6 @@ class _BatchedAttention:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.layer.forward(query, key, value).view(1, len(query), 1, -1)
-
-
-def _pad_left(inputs: dict) -> dict:
-    """The inputs of `generate` with padding moved to the left, as new tokens follow the last position."""
-    mask, past = inputs["attention_mask"], inputs.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
-        raise ValueError("Padding on the right cannot be moved behind a cache: pad on the left.")
-    order = mask.argsort(dim=-1, stable=True)
-    rows = torch.arange(len(order), device=order.device)[:, None]
-    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-    return {name: inputs[name][rows, order] for name in names if inputs.get(name) is not None}
 
 
 @lru_cache(maxsize=64)
@@ -800,30 +684,7 @@ def _check_mask_and_positions(
             total = int(position_ids.max()) + 1
         elif attention_mask is not None:
             total = int(attention_mask.sum(-1).max())  # padding takes no position
-    _check_positions(config, total)
-
-
-def _check_positions(config: ImagePromptConfig, length: int, new_tokens: int = 0) -> None:
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and length + new_tokens > positions:
-        new = f" and {new_tokens} new ones" if new_tokens else ""
-        raise ValueError(
-            f"{length} tokens in a row (images take {config.image_seq_length} each){new} need more than the language "
-            f"model's {positions} positions. Shorten the text, pass fewer images, lower `max_new_tokens`, or compose "
-            "the model with a smaller `num_image_tokens`."
-        )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every module is in the mode in which it was."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    config.check_positions(total)
 
 
 def _learns(module: nn.Module) -> bool:

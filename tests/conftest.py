@@ -33,6 +33,8 @@ BACKBONES = {
     ),
 }
 
+# Plain colours: a random backbone tells them apart better than two pictures of noise.
+RED, GREEN, BLUE, WHITE = (Image.new("RGB", (70, 90), colour) for colour in ("red", "green", "blue", "white"))
 
 # What travels with a checkpoint.
 CODE = {
@@ -41,10 +43,12 @@ CODE = {
         "checkpoints",
         "configuration",
         "connectors",
+        "decoding",
         "fusion",
         "image_processing",
         "linear",
         "modeling",
+        "prefix",
         "processing",
         "sharing",
         "vision",
@@ -149,6 +153,23 @@ def reference_greedy(model, inputs, logits_of=None, new_tokens=NEW_TOKENS):
             break
         ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
     return new
+
+
+def lively(tokenizer, layout="NCHW", **settings):
+    """(model, processor) whose logits vary enough that a wrong image or position changes the words."""
+    model, processor = tiny(tokenizer, layout, text_config=tiny_gpt2(initializer_range=0.2), **settings)
+    for parameter in model.model.connector.parameters():
+        torch.nn.init.normal_(parameter, std=2.0)
+    return model, processor
+
+
+def count_tower_calls(model) -> list[int]:
+    """A list that grows by the number of images of every call of the vision tower."""
+    calls = []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
+    )
+    return calls
 
 
 def new_tokens(model, inputs, **kwargs):

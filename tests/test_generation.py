@@ -13,9 +13,15 @@ import pytest
 import torch
 from conftest import (
     BACKBONES,
+    BLUE,
+    GREEN,
     NEW_TOKENS,
+    RED,
+    WHITE,
     batch_inputs,
+    count_tower_calls,
     gpt2_of,
+    lively,
     max_difference,
     new_tokens,
     picture,
@@ -24,7 +30,6 @@ from conftest import (
     tiny,
     tiny_gpt2,
 )
-from PIL import Image
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -37,8 +42,6 @@ from transformers import (
     TextStreamer,
 )
 
-# Plain colours: a random backbone tells them apart better than two pictures of noise.
-RED, GREEN, BLUE, WHITE = (Image.new("RGB", (70, 90), colour) for colour in ("red", "green", "blue", "white"))
 ROWS = [  # images and text of each row
     ([RED], "A photo of"),
     ([], "What is it? It is the number"),
@@ -46,27 +49,10 @@ ROWS = [  # images and text of each row
 ]
 
 
-def lively(tokenizer, layout="NCHW", **settings):
-    """(model, processor) whose logits vary enough that a wrong image or position changes the words."""
-    model, processor = tiny(tokenizer, layout, text_config=tiny_gpt2(initializer_range=0.2), **settings)
-    for parameter in model.model.connector.parameters():
-        torch.nn.init.normal_(parameter, std=2.0)
-    return model, processor
-
-
 @pytest.fixture(scope="module")
 def pair(tokenizer):
     torch.manual_seed(0)
     return lively(tokenizer)
-
-
-def count_tower_calls(model) -> list[int]:
-    """A list that grows by the number of images of every call of the vision tower."""
-    calls = []
-    model.model.vision_tower.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
-    )
-    return calls
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from ..configuration import PARTS
-from ..modeling import ImagePromptForConditionalGeneration, evaluating
+from ..decoding import evaluating
+from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
 from ..provenance import provenance
 from .pruning import prune, share_of_zeros

@@ -99,6 +99,8 @@ class Rows(TorchDataset):
         self.texts_per_image = check_texts_per_image(texts_per_image)
         self.class_names = _class_names(dataset, source)
         self._images = dataset.select_columns([source.image_column]) if source.has_images else None
+        # Asked once: the library copies all features whenever it is asked for them.
+        self._in_lists = source.has_images and isinstance(dataset.features[source.image_column], List)
         self._texts = dataset.select_columns(list(filter(None, {source.text_column, source.suffix_column})))
         self._pairs = self._list_pairs(dataset)
         # A byte per row, in memory that data loading processes share: a row counts once, however often it is read.
@@ -192,7 +194,7 @@ class Rows(TorchDataset):
         """How many images a row has."""
         if self._images is None:
             return 0
-        if not isinstance(self._images.features[self.source.image_column], List):
+        if not self._in_lists:
             return 1
         return len(self._images[self._locate(index)[0]][self.source.image_column])
 

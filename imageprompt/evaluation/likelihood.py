@@ -1,6 +1,5 @@
 """How likely texts are behind images and prompts, without running the images and prompts again for every text."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..configuration import IGNORE_INDEX
-from ..modeling import ImagePromptForConditionalGeneration, evaluating
+from ..decoding import evaluating
+from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
 
 
@@ -48,14 +48,17 @@ class EncodedPrompts:
     ):
         self.model, self.processor = model, processor
         inputs = processor(images=list(images), text=list(texts), padding=True, return_tensors="pt").to(model.device)
-        self.mask, pixel_values = inputs["attention_mask"], inputs.pop("pixel_values", None)
+        self.count = len(inputs["input_ids"])
         # Recurrent layers go on from a cache by one token only: their rows are run whole.
         self.runs_whole = getattr(model.model.language_model, "_is_stateful", False)
+        if not self.runs_whole:
+            self.prefix = model.encode_prefix(**inputs)
+            return
+        pixel_values = inputs.pop("pixel_values", None)
         with evaluating(model):
             if pixel_values is not None:
                 inputs["mm_encoder_outputs"] = {"image": model.get_image_features(pixel_values, return_dict=True)}
-            self.inputs = inputs
-            self.outputs = None if self.runs_whole else model(**inputs, use_cache=True, logits_to_keep=1)
+        self.inputs = inputs
 
     @torch.no_grad()
     def score(self, suffixes: Sequence[str]) -> TextScores:
@@ -68,47 +71,39 @@ class EncodedPrompts:
             ValueError: if there is not one text for each row, a text holds an image's mark, a row becomes longer than
                 the language model's positions, or the model's logits are not numbers.
         """
-        if len(suffixes) != len(self.mask):
-            raise ValueError(f"{len(suffixes)} texts for {len(self.mask)} rows: pass one for each.")
+        if len(suffixes) != self.count:
+            raise ValueError(f"{len(suffixes)} texts for {self.count} rows: pass one for each.")
         tokenizer = self.processor.tokenizer
         for suffix in suffixes:
             if self.processor.image_token in suffix:
                 raise ValueError(f"A text to score holds {self.processor.image_token}: {suffix!r:.200}")
         ends = [suffix + tokenizer.eos_token for suffix in suffixes]
         encoded = tokenizer(ends, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
-        ids, is_text = encoded["input_ids"].to(self.mask.device), encoded["attention_mask"].to(self.mask.device)
+        encoded = encoded.to(self.model.device)
+        ids, is_text = encoded["input_ids"], encoded["attention_mask"]
         labels = ids.masked_fill(is_text == 0, IGNORE_INDEX)
         with evaluating(self.model):
-            parts = self._logits(ids, is_text)
-        losses, expected = [], []
-        # In one piece they would be copied, and they are large.
-        for logits, targets in zip(parts, labels.split([part.shape[1] for part in parts], dim=1), strict=True):
-            flat = F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX
-            )
-            losses.append(flat.view_as(targets))
-            expected.append(logits.argmax(-1))
-        log_likelihoods = -torch.cat(losses, dim=1).sum(-1)
+            logits = self._logits(ids, is_text)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+        )
+        log_likelihoods = -losses.view_as(labels).sum(-1)
         if log_likelihoods.isnan().any():  # such a text would be ranked first or last by chance
             raise ValueError("The model's logits are not numbers: its weights are broken, or too large for its dtype.")
-        is_greedy = ((torch.cat(expected, dim=1) == ids) | (is_text == 0)).all(-1)
+        is_greedy = ((logits.argmax(-1) == ids) | (is_text == 0)).all(-1)
         return TextScores(log_likelihoods, is_text.sum(-1), is_greedy)
 
-    def _logits(self, ids: Tensor, is_text: Tensor) -> list[Tensor]:
-        """What the model expects at each token of the texts, (rows, tokens, vocabulary), in one part or two."""
+    def _logits(self, ids: Tensor, is_text: Tensor) -> Tensor:
+        """What the model expects at each token of the texts, (rows, tokens, vocabulary)."""
         if self.runs_whole:
             whole = {
                 "input_ids": torch.cat([self.inputs["input_ids"], ids], dim=1),
-                "attention_mask": torch.cat([self.mask, is_text], dim=1),
+                "attention_mask": torch.cat([self.inputs["attention_mask"], is_text], dim=1),
             }
-            return [self.model(**{**self.inputs, **whole}, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]]
-        if ids.shape[1] == 1:
-            return [self.outputs.logits]
-        following = self.model(
-            input_ids=ids[:, :-1],
-            attention_mask=torch.cat([self.mask, is_text[:, :-1]], dim=1),
-            # A cache grows with what is run behind it; the next text begins again after the prompt.
-            past_key_values=copy.deepcopy(self.outputs.past_key_values),
-            use_cache=True,
-        )
-        return [self.outputs.logits, following.logits]
+            return self.model(**{**self.inputs, **whole}, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]
+        states = self.prefix.last_hidden_state
+        if ids.shape[1] > 1:
+            text = {"input_ids": ids[:, :-1], "attention_mask": is_text[:, :-1]}
+            behind = self.model.model(**self.prefix.followed_by(text), use_cache=True, return_dict=True)
+            states = torch.cat([states, behind.last_hidden_state], dim=1)
+        return self.model.lm_head(states)

@@ -15,8 +15,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.rows import BrokenRow, Rows, separate, stop_if_too_many
+from ..decoding import evaluating
 from ..generating import generate_texts
-from ..modeling import ImagePromptForConditionalGeneration, evaluating
+from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
 from .captions import caption_scores
 from .classification import classification_scores

@@ -14,7 +14,8 @@ from PIL import Image
 from transformers.pytorch_utils import Conv1D
 
 from ..configuration import PARTS
-from ..modeling import ImagePromptForConditionalGeneration, evaluating
+from ..decoding import evaluating
+from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
 
 if TYPE_CHECKING:
