@@ -243,7 +243,7 @@ def doctor(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Saved model: a local folder or Hub id.")],
-    folder: Annotated[Path, typer.Argument(help="Where to write; it may not exist yet.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write; new or empty.")],
     formats: Annotated[
         list[str], typer.Option("--format", help="onnx (needs imageprompt[export]) or torch; both by default.")
     ] = ["onnx", "torch"],  # noqa: B006 - typer reads it
@@ -252,7 +252,7 @@ def export(
     from .exporting import export
 
     for kind, difference in export(model, folder, formats).items():
-        typer.echo(f"{kind}: logits differ from the model's by at most {difference:.2g}")
+        typer.echo(f"{kind}: logits differ from the model's by up to {difference}.")
     typer.echo(f"{folder} is done.")
 
 
