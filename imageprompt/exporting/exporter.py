@@ -65,8 +65,9 @@ def export(
         For each format how far its logits are from the model's on a sample.
 
     Raises:
-        ValueError: if something is in the folder, packages are missing, the model cannot be exported, or the logits of its
-            graphs differ by more than 1e-4 (or 1e-5 of the largest logit, if that is more); nothing is written then.
+        ValueError: if something is in the folder, packages are missing, the model cannot be exported, or the logits of
+            its graphs differ by more than 1e-4 (or 1e-5 of the largest logit, if that is more); nothing is written
+            then.
     """
     with new_folder(folder) as draft:
         return _export(model, draft, formats)

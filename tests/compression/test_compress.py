@@ -110,7 +110,7 @@ def test_a_model_that_does_not_come_back_as_it_was_is_not_left_there(saved, tmp_
         model.lm_head.weight.data[5, 0] -= 1
 
     monkeypatch.setattr(ImagePromptForConditionalGeneration, "save_pretrained", save_something_else)
-    with pytest.raises(ValueError, match="does not come back from its files as it was.*Nothing was written"):
+    with pytest.raises(ValueError, match=r"does not come back from its files as it was.*Nothing was written"):
         compress(str(saved / "plain"), tmp_path / "small", share=0.5)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
