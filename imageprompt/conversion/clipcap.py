@@ -83,8 +83,8 @@ def convert_clipcap(
         raise ValueError(f"{checkpoint} is no ClipCap checkpoint: it has no `clip_project`, but {found}.")
     if surplus := [name for name in tensors if not name.startswith(("clip_project.", "gpt."))]:
         raise ValueError(
-            f"{checkpoint} has {len(surplus)} tensors that are neither of ClipCap's mapper nor of its GPT-2, such as "
-            f"`{min(surplus)}`: they belong to another model. Where they are of no use, save the file without them."
+            f"{checkpoint} holds `{min(surplus)}`, which is neither of ClipCap's mapper nor of its GPT-2 (there are "
+            f"{len(surplus)} such tensors), so it is another model. Where they are of no use, save it without them."
         )
     language_model = _language_model(checkpoint, tensors, text, text_revision)
     mapper = _read_mapper(checkpoint, mapping, language_model.config.n_embd)

@@ -168,7 +168,7 @@ def test_a_small_fault_under_large_logits_stops_the_import(imported, monkeypatch
     monkeypatch.setattr(vision_encoder_decoder, "load_pretrained", load_large)
     convert_vision_encoder_decoder(imported[-1])
     monkeypatch.setattr(vision_encoder_decoder, "_copy_words", copy_faultily)
-    with pytest.raises(ValueError, match=r"differ by up to \S+ in float64 \(the largest is [1-9]\d{3}") as refused:
+    with pytest.raises(ValueError, match=r"differ by up to \S+ in float64 \(the largest is") as refused:
         convert_vision_encoder_decoder(imported[-1])
     absolute, largest = map(float, re.findall(r"up to (\S+) .* largest is (\S+)\)", str(refused.value))[0])
     assert absolute < 1e-5 * largest
