@@ -313,7 +313,7 @@ def test_what_it_was_made_of_is_remembered(published, tmp_path, hub):
     assert result.exit_code == 0, result.exception
     config = ImagePromptConfig.from_pretrained(tmp_path / "out")
     assert config.base_models == {"vision": "ada/clip", "text": "ada/gpt2"}
-    assert "\nCLIP is vit_base_patch32_clip_quickgelu_224 with the weights of ada/clip.\n" in result.output
+    assert "CLIP is vit_base_patch32_clip_quickgelu_224 with the weights of ada/clip.\n" in result.output
     said = "The length of its embedding of 512 numbers is left as it is, and mapped to 10 tokens by clipcap_mlp."
     assert f"\n{said}\n" in result.output
     assert re.search(r"Logits differ from ClipCap's by up to \S+e-1\d in float64 .* in float32", result.output)
