@@ -2,20 +2,28 @@
 
 The library starts missing tensors from random values, reads pickles where there are no safetensors files, follows an
 index wherever it points, and does not say which file is broken. Here each of these is an error, before a model is
-handed out; of a Hub repository, huggingface_hub checks the names of the files. A format version tells settings that a
+handed out, of a folder and of a Hub repository. A format version tells settings that a
 newer version of this package has written from those of other tools.
 """
 
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    has_file,
+    logging,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -50,41 +58,100 @@ def check_format(file: str, saved_format: Any, unknown: Collection[str] = ()) ->
     )
 
 
+# What of a caller's keywords says where on the Hub a file is.
+_PLACE = ("cache_dir", "local_files_only", "proxies", "revision", "token")
+
+
 @contextmanager
-def reading(source: Any, subfolder: str = "", *, pickles: bool = False) -> Iterator[None]:
+def reading(source: Any, *, pickles: bool = False, **kwargs: Any) -> Iterator[None]:
     """Refuse files before the library reads them, and name those that it could not read.
 
     Args:
         source: where the library looks, a folder or a Hub id; `None` for weights from memory.
-        subfolder: of it.
         pickles: allow pickles, which `torch.load` reads with `weights_only=True`.
+        kwargs: those of `from_pretrained`, of which `subfolder`, `variant`, `revision`, `token`, … say where files are.
 
     Raises:
         ValueError: naming the files that are pickles, broken or outside the folder.
     """
-    folder = Path(source or "", subfolder)
-    local = source is not None and folder.is_dir()
-    if local:
-        _check_names(folder, pickles)
+    subfolder, variant = kwargs.get("subfolder") or "", kwargs.get("variant")
+    place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
+    local = Path(source, subfolder) if source is not None and Path(source, subfolder).is_dir() else None
+    on_hub = source is not None and not os.path.exists(source)
+    if local is not None:
+        _check_names(local, pickles)
+    elif on_hub and (index := _cached(source, SAFE_WEIGHTS_INDEX_NAME, variant, subfolder=subfolder, **place)):
+        _check_index(index)
     try:
         yield
     except SafetensorError as error:
-        files = sorted(folder.glob("*.safetensors")) if local else []
+        folder = local
+        if on_hub:  # where the library has just put them
+            place |= {"subfolder": subfolder, "local_files_only": True}
+            names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+            folder = next((file.parent for name in names if (file := _cached(source, name, variant, **place))), None)
+        files = sorted(folder.glob("*.safetensors")) if folder is not None else []
         broken = listed(fault for file in files if (fault := _fault(file))) or f"A safetensors file is broken ({error})"
-        raise ValueError(f"{source} cannot be loaded. {broken}. Copy or download it again.") from error
+        raise ValueError(
+            f"{source} cannot be loaded. {broken}. Copy it again, or download it again with `force_download=True`."
+        ) from error
+    except OSError as error:
+        if on_hub and not pickles and (pickled := _only_pickles(source, subfolder, variant, place)):
+            raise _refusal_of_pickles(source, pickled) from error
+        raise
+
+
+def _cached(source: Any, name: str, variant: str | None, **place: Any) -> Path | None:
+    """A file of a Hub repository, in the cache; `None` if there is none, or the Hub cannot say so."""
+    with suppress(OSError):  # which the library will raise as well, if it is one for it
+        file = cached_file(
+            source,
+            _of_variant(name, variant),
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **place,
+        )
+        return Path(file) if file else None
+    return None
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    """As the library names them: model.fp16.safetensors, model.safetensors.index.fp16.json."""
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}.{variant}.{ending}" if variant else name
+
+
+def _only_pickles(source: Any, subfolder: str, variant: str | None, place: dict[str, Any]) -> list[str]:
+    """The pickles of a Hub repository that has its weights in no safetensors file."""
+
+    def there(name: str) -> bool:
+        return has_file(source, f"{subfolder}/{name}".lstrip("/"), **place)
+
+    with suppress(OSError):
+        safe, pickled = (
+            [name for kind in kinds if there(name := _of_variant(kind, variant))]
+            for kinds in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
+        )
+        return [] if safe else pickled
+    return []
 
 
 def _check_names(folder: Path, pickles: bool) -> None:
     names = sorted(path.name for path in folder.iterdir())
     pickled = [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
     if pickled and not pickles and not any(".safetensors" in name for name in names):
-        raise ValueError(
-            f"{folder} holds its weights in {listed(pickled)} and in no safetensors file. That is a pickle, which can "
-            "run code when it is read. If you trust it, load it once with `use_safetensors=False` and save it again."
-        )
+        raise _refusal_of_pickles(folder, pickled)
     for name in names:
         if name.endswith(".index.json"):
             _check_index(folder / name)
+
+
+def _refusal_of_pickles(source: Any, names: list[str]) -> ValueError:
+    return ValueError(
+        f"{source} holds its weights in {listed(names)} and in no safetensors file. That is a pickle, which can run "
+        "code when it is read. If you trust it, load it once with `use_safetensors=False` and save it again."
+    )
 
 
 def _check_index(path: Path) -> None:

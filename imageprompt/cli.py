@@ -1,11 +1,15 @@
 """The `imageprompt` command. Each subcommand imports what it needs when it runs."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
+
+if TYPE_CHECKING:
+    from .conversion.conversion import Conversion
 
 app = typer.Typer(
     help="An image is a prompt: any timm backbone in front of GPT-2.",
@@ -60,8 +64,12 @@ def generate(
     images: Annotated[list[str], typer.Argument(help="Image files, folders of images, or URLs.")],
     prompt: Annotated[str, typer.Option(help="Text before the answer, for example a question.")] = "",
     batch_size: Annotated[int, typer.Option(help="Images answered at once.", min=1)] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 30,
-    num_beams: Annotated[int, typer.Option(help="Beams; 1 is greedy search.", min=1)] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, in tokens; by default the model's own, or 30.", min=1)
+    ] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(help="Beams; 1 is greedy search; by default the model's own.", min=1)
+    ] = None,
 ) -> None:
     """Print one line per image: its name, a tab, and what the model says."""
     from .generating import find_images, generate_texts
@@ -72,6 +80,10 @@ def generate(
     loaded = ImagePromptForConditionalGeneration.from_pretrained(model, device_map="auto")
     processor = ImagePromptProcessor.from_pretrained(model)
     processor.check_model(loaded)
+    own = loaded.generation_config
+    if max_new_tokens is None and own.max_new_tokens is None and own.max_length is None:
+        max_new_tokens = 30
+    settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     answers = generate_texts(
         loaded,
         processor,
@@ -79,8 +91,7 @@ def generate(
         prompt,
         batch_size=batch_size,
         progress=len(files) > batch_size,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
+        **{name: value for name, value in settings.items() if value is not None},
     )
     for file, answer in zip(files, answers, strict=True):
         typer.echo(f"{file}\t{answer}")
@@ -243,7 +254,7 @@ def doctor(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Saved model: a local folder or Hub id.")],
-    folder: Annotated[Path, typer.Argument(help="Where to write; it may not exist yet.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write; new or empty.")],
     formats: Annotated[
         list[str], typer.Option("--format", help="onnx (needs imageprompt[export]) or torch; both by default.")
     ] = ["onnx", "torch"],  # noqa: B006 - typer reads it
@@ -252,7 +263,7 @@ def export(
     from .exporting import export
 
     for kind, difference in export(model, folder, formats).items():
-        typer.echo(f"{kind}: logits differ from the model's by at most {difference:.2g}")
+        typer.echo(f"{kind}: logits differ from the model's by up to {difference}.")
     typer.echo(f"{folder} is done.")
 
 
@@ -264,43 +275,64 @@ def clipcap(
         str | None,
         typer.Option(help="CLIP's tower, of timm; by default ViT-B/32 or RN50x4, by the size of the embedding."),
     ] = None,
-    clip: Annotated[str | None, typer.Option(help="OpenAI's own CLIP file, instead of timm's weights.")] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="CLIP's weights, instead of timm's: OpenAI's own file, or transformers' folder or Hub id."),
+    ] = None,
     text: Annotated[str, typer.Option(help="The GPT-2 that it was trained from.")] = "openai-community/gpt2",
     normalize: Annotated[
         bool | None, typer.Option(help="Whether it was trained on normalised embeddings; needed for transformers.")
     ] = None,
+    clip_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of CLIP's Hub id.")] = None,
+    text_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the GPT-2's Hub id.")] = None,
 ) -> None:
     """A ClipCap checkpoint: CLIP's embedding, a mapper to a prefix, and GPT-2."""
     from .conversion.clipcap import convert_clipcap
-    from .conversion.output import refuse_used_folder
 
-    refuse_used_folder(output)
-    conversion = convert_clipcap(checkpoint, vision=vision, clip=clip, text=text, normalize=normalize)
-    conversion.model.save_pretrained(output)
-    conversion.processor.save_pretrained(output)
-    float64, float32 = (conversion.differences[name] for name in ("float64", "float32"))
-    typer.echo(f"Largest difference of a logit from ClipCap's: {float64:.1e} in float64, {float32:.1e} in float32.")
-    typer.echo(f"Saved to {output}.")
+    _save_conversion(
+        output,
+        lambda: convert_clipcap(
+            checkpoint,
+            vision=vision,
+            clip=clip,
+            text=text,
+            normalize=normalize,
+            clip_revision=clip_revision,
+            text_revision=text_revision,
+        ),
+        "Logits differ from ClipCap's",
+    )
 
 
 @convert_app.command("vision-encoder-decoder")
 def convert_vision_encoder_decoder(
     source: Annotated[str, typer.Argument(help="VisionEncoderDecoder checkpoint with GPT-2: a folder or Hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder for the model and its processor; new or empty.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
 ) -> None:
     """Import a vit-gpt2 captioner: same logits, same captions, checked before anything is written."""
-    from .conversion.output import refuse_used_folder
     from .conversion.vision_encoder_decoder import convert_vision_encoder_decoder
 
-    refuse_used_folder(output)
-    converted = convert_vision_encoder_decoder(source)
-    converted.model.save_pretrained(output)
-    converted.processor.save_pretrained(output)
-    typer.echo(
-        f"Logits differ from transformers' VisionEncoderDecoderModel by at most {converted.difference:.1e} "
-        f"({converted.relative_difference:.1e} of the largest); greedy and beam captions are the same. "
-        f"Saved in {output}."
+    _save_conversion(
+        output,
+        lambda: convert_vision_encoder_decoder(source, revision=revision),
+        "Greedy and beam captions are the same. Logits differ from transformers' VisionEncoderDecoderModel's",
     )
+
+
+def _save_conversion(output: Path, convert: "Callable[[], Conversion]", said: str) -> None:
+    """Write what a conversion gives, and say what was compared and assumed."""
+    from .comparing import described
+    from .folders import new_folder
+
+    with new_folder(output) as draft:
+        conversion = convert()
+        conversion.model.save_pretrained(draft)
+        conversion.processor.save_pretrained(draft)
+    for sentence in conversion.assumed:
+        typer.echo(sentence)
+    typer.echo(f"{said} by up to {described(conversion.differences)}.")
+    typer.echo(f"Saved to {output}.")
 
 
 def main() -> None:

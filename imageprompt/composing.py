@@ -27,7 +27,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .configuration import ImagePromptConfig, vision_config_of
-from .conversion.backbones import PREFIX, load_weights, read_backbone, read_transformers_config
+from .conversion.backbones import PREFIX, is_of_transformers, load_weights, read_backbone
 from .image_processing import ImagePromptImageProcessor
 from .language_models import load_language_model, refuse_other_kinds
 from .modeling import ImagePromptForConditionalGeneration
@@ -134,7 +134,7 @@ def find_backbone(
     """`resolve_backbone`, and also for Hub ids and local folders with an encoder of transformers: its twin in timm."""
     hub_id = os.fspath(name)
     of_timm = "/" not in hub_id or hub_id.startswith(("timm/", "hf-hub:"))
-    is_theirs = (os.path.isdir(name) or not of_timm) and read_transformers_config(name) is not None
+    is_theirs = (os.path.isdir(name) or not of_timm) and is_of_transformers(name)
     find = read_backbone if is_theirs else resolve_backbone
     return find(name, model_args=model_args, preprocessing=preprocessing)
 

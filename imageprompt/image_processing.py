@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
+from torchvision.transforms import CenterCrop
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import ImageInput, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
@@ -35,6 +36,7 @@ _INTERPOLATIONS = {
 }
 
 
+_CROP_MODES = ("center", "center_floor", "squash", "border")
 _SOURCES = (str, os.PathLike, bytes, bytearray)
 _CHANNELS = (1, 2, 3, 4)  # grey, grey with alpha, RGB, RGBA
 
@@ -45,7 +47,9 @@ class ImagePromptImageKwargs(TypedDict, total=False):
     share_images (`bool`): process an image object that comes several times once, and add `image_index`, which of
         `pixel_values` each image is: the model then encodes it once for all the rows that show it.
     crop_pct (`float`): share of the resized image that the crop keeps; timm's `crop_pct`.
-    crop_mode (`str`): `"center"` (keep the aspect, cut the rest), `"squash"` (lose the aspect) or `"border"` (pad).
+    crop_mode (`str`): `"center"` (keep the aspect, cut the rest), `"squash"` (lose the aspect) or `"border"` (pad), as
+        timm's; `"center_floor"`, as transformers' image processors crop: of an odd number of pixels to be cut off, the
+        one more is always the last, where timm and torchvision round to even.
     """
 
     size: dict[str, int] | None
@@ -200,8 +204,12 @@ class ImagePromptImageProcessor(BaseImageProcessor):
             raise ValueError(f"`image_std` is positive, got {image_std}.")
         if not 0 < crop_pct < 2:  # timm has some above 1: the crop is then larger than the image
             raise ValueError(f"`crop_pct` is a share, about 1, got {crop_pct}.")
-        if crop_mode not in ("center", "squash", "border"):
-            raise ValueError(f"`crop_mode` is 'center', 'squash' or 'border', got {crop_mode!r}.")
+        if crop_mode not in _CROP_MODES:
+            raise ValueError(f"`crop_mode` is one of {', '.join(_CROP_MODES)}; got {crop_mode!r}.")
+        if crop_mode == "center_floor" and crop_pct > 1:
+            raise ValueError(
+                f"With `crop_mode='center_floor'` the crop is at most the image, `crop_pct` 1; got {crop_pct}."
+            )
         _timm_interpolation(resample)
 
 
@@ -357,15 +365,27 @@ def _cut(image: Image.Image, transform: Callable[[Image.Image], Image.Image]) ->
         ) from error
 
 
+class _FloorCrop(CenterCrop):
+    """The middle of a PIL image that is at least as large, rounded as in transformers."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
+
 @lru_cache(maxsize=8)
 def _transform(
-    height: int, width: int, mean: tuple, std: tuple, **settings
+    height: int, width: int, mean: tuple, std: tuple, crop_mode: str, **settings
 ) -> tuple[Callable[[Image.Image], Image.Image], torch.Tensor, torch.Tensor]:
     """timm's resize and crop, and mean and deviation of shape (channels, 1, 1)."""
+    floors, mode = crop_mode == "center_floor", crop_mode.removesuffix("_floor")
     transform = create_transform(
-        input_size=(len(mean), height, width), mean=mean, is_training=False, normalize=False, **settings
+        input_size=(len(mean), height, width), mean=mean, is_training=False, normalize=False, crop_mode=mode, **settings
     )
     del transform.transforms[-1]  # makes a tensor on the caller's default device
+    if floors:
+        transform.transforms[-1] = _FloorCrop((height, width))
     statistics = torch.tensor([mean, std], dtype=torch.float32, device="cpu")
     return transform, *statistics[..., None, None]
 

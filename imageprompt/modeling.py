@@ -146,7 +146,7 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
         any_size = kwargs.pop("ignore_mismatched_sizes", False)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
-        with reading(source, kwargs.get("subfolder", ""), pickles=not kwargs["use_safetensors"]):
+        with reading(source, pickles=not kwargs["use_safetensors"], **kwargs):
             # The library would refuse other shapes without saying which: here `check_loaded` does.
             loaded: Any = super().from_pretrained(  # declared to be a model, with or without a report
                 source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

@@ -7,7 +7,9 @@ import pytest
 from conftest import make_photos, picture, tiny, tiny_gpt2
 from typer.testing import CliRunner
 
+from imageprompt import ImagePromptForConditionalGeneration, ImagePromptProcessor
 from imageprompt.cli import app, main
+from imageprompt.generating import generate_texts
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,34 @@ def test_generate_prints_a_line_for_each_image(saved):
     assert result.exit_code == 0, result.output
     lines = [line.split("\t") for line in result.stdout.splitlines() if "\t" in line]
     assert [name for name, _ in lines] == [str(saved / f"{seed}.png") for seed in range(3)]
+
+
+def test_generate_follows_the_models_own_settings_unless_told_otherwise(saved, tmp_path):
+    model = ImagePromptForConditionalGeneration.from_pretrained(saved / "model")
+    processor = ImagePromptProcessor.from_pretrained(saved / "model")
+    model.generation_config.update(max_new_tokens=7, num_beams=3)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    image = str(saved / "0.png")
+
+    def answer(folder, *options):
+        result = CliRunner().invoke(app, ["generate", str(folder), image, *options])
+        assert result.exit_code == 0, result.exception
+        return result.stdout.split(f"{image}\t")[1].strip()
+
+    def expected(**settings):
+        (text,) = generate_texts(model, processor, [image], **settings)
+        return text
+
+    lengths = {count: expected(max_new_tokens=count, num_beams=3) for count in (4, 7, 30)}
+    assert len(set(lengths.values())) == 3
+    assert answer(tmp_path) == lengths[7]
+    assert answer(tmp_path, "--max-new-tokens", "4") == lengths[4]
+    assert answer(tmp_path, "--num-beams", "1") == expected(num_beams=1, max_new_tokens=7)
+    # Where the model has no length of its own, answers are not cut at the library's 20.
+    assert (
+        answer(saved / "model") == expected(num_beams=1, max_new_tokens=30) != expected(num_beams=1, max_new_tokens=20)
+    )
 
 
 def test_help_names_every_command():

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import test_pushing
 import torch
 from checkpoints.save import answers
 from conftest import CODE, max_difference, picture, tiny_gpt2
@@ -39,6 +40,7 @@ from imageprompt.connectors import CONNECTORS
 from imageprompt.image_processing import ImagePromptImageKwargs
 
 TESTS = Path(__file__).parent
+hub = test_pushing.hub  # the fixture
 CHECKPOINTS = sorted(path.parent for path in (TESTS / "checkpoints").glob("*/config.json"))
 SAME = 1e-5
 
@@ -400,6 +402,53 @@ def test_broken_and_hostile_files_are_refused_by_name(folder, kind):
     change, message = BROKEN[kind]
     change(folder)
     assert_refused(folder, message)
+
+
+def put_on_hub(hub, folder, **where):
+    """Publish the files of a folder as ada/model."""
+    place = f"{where['subfolder']}/" if "subfolder" in where else ""
+    hub.add("ada/model", {place + path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_and_hostile_files_are_refused_on_the_hub_too(folder, hub, kind):
+    change, message = BROKEN[kind]
+    change(folder)
+    put_on_hub(hub, folder)
+    with pytest.raises(ValueError, match=message):
+        ImagePromptForConditionalGeneration.from_pretrained("ada/model")
+    assert not list(folder.parent.rglob("ran"))
+
+
+def test_faults_on_the_hub_are_found_where_the_library_looks(folder, hub):
+    """In a subfolder, at a revision, of a variant."""
+    load = partial(ImagePromptForConditionalGeneration.from_pretrained, "ada/model", subfolder="sub")
+    put_on_hub(hub, folder, subfolder="sub")
+    assert load().get_parameter(BIAS).shape == (16,)
+    whole = hub.repos["ada/model"].refs["main"]
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    put_on_hub(hub, folder, subfolder="sub")
+    assert load(variant="fp16").get_parameter(BIAS).shape == (16,)
+    (folder / "model.fp16.safetensors").write_bytes(b"")
+    put_on_hub(hub, folder, subfolder="sub")
+    with pytest.raises(ValueError, match=r"model\.fp16\.safetensors is broken"):
+        load(variant="fp16")
+    assert load(revision=whole).get_parameter(BIAS).shape == (16,)
+
+
+def test_a_repository_of_shards_loads(folder, hub):
+    index_of("model-00001-of-00001.safetensors")(folder)
+    put_on_hub(hub, folder)
+    assert ImagePromptForConditionalGeneration.from_pretrained("ada/model").get_parameter(BIAS).shape == (16,)
+
+
+def test_what_is_not_on_the_hub_keeps_the_librarys_message(folder, hub):
+    with pytest.raises(OSError, match=r"ada/nothing.*not a valid model identifier"):
+        ImagePromptForConditionalGeneration.from_pretrained("ada/nothing")
+    (folder / "model.safetensors").unlink()
+    put_on_hub(hub, folder)
+    with pytest.raises(OSError, match=r"does not appear to have a file named model\.safetensors"):
+        ImagePromptForConditionalGeneration.from_pretrained("ada/model")
 
 
 def test_a_missing_shard_is_refused_by_name(folder):

@@ -502,7 +502,8 @@ def test_no_image_at_all_is_refused(processor):
     [
         ({"crop_pct": 0.0}, "`crop_pct` is a share"),
         ({"crop_pct": 87.5}, "`crop_pct` is a share"),
-        ({"crop_mode": "centre"}, "'center', 'squash' or 'border', got 'centre'"),
+        ({"crop_mode": "centre"}, "one of center, center_floor, squash, border; got 'centre'"),
+        ({"crop_mode": "center_floor", "crop_pct": 1.1}, "the crop is at most the image, `crop_pct` 1; got 1.1"),
         ({"size": {"shortest_edge": 224}}, "positive `height` and `width`"),
         ({"size": {"height": 0, "width": 8}}, "positive `height` and `width`"),
         ({"image_mean": [0.5, 0.5]}, "one value .* or three"),

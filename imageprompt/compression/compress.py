@@ -1,4 +1,4 @@
-"""`imageprompt compress`: a saved model to a smaller one, checked after it has been written."""
+"""`imageprompt compress`: a saved model to a smaller one, which is there only if it came back from its files."""
 
 import json
 import tempfile
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..comparing import difference
 from ..configuration import PARTS
 from ..decoding import evaluating
+from ..folders import new_folder
 from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
 from ..provenance import provenance
@@ -34,7 +36,7 @@ def compress(
 
     Args:
         model: a local folder or Hub id.
-        output: a new folder. `compression.json` in it says what was done.
+        output: a folder, new or empty. `compression.json` in it says what was done.
         quantize: a kind of [`quantization_config`].
         share: of the weights to prune, see [`prune`].
         parts: of the model; by default "text" is quantised, and all parts are pruned.
@@ -46,14 +48,20 @@ def compress(
 
     Raises:
         ValueError: if there is nothing to do or nothing that it could be done to, the model is quantised already, the
-            compressed model does not run here, or it does not come back from its files as it was.
+            compressed model does not run here, or it does not come back from its files as it was; nothing is written
+            then.
     """
     if quantize is None and share is None:
         raise ValueError(
             "Nothing to do: name what to quantise to (--quantize int8), how much to prune (--prune 0.5), or both."
         )
-    if (output / "config.json").exists():
-        raise ValueError(f"There is a model in {output} already: name another folder.")
+    with new_folder(output) as draft:
+        return _compress(model, draft, quantize, share, parts, scope)
+
+
+def _compress(
+    model: str, folder: Path, quantize: str | None, share: float | None, parts: Sequence[str] | None, scope: str
+) -> dict[str, Any]:
     original = ImagePromptForConditionalGeneration.from_pretrained(model)
     refuse_quantized(original.config)
     processor = ImagePromptProcessor.from_pretrained(model)
@@ -67,33 +75,37 @@ def compress(
     if share is not None:
         prune(original, share, parts or PARTS, scope)
     if settings is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            original.save_pretrained(folder)
-            compressed = ImagePromptForConditionalGeneration.from_pretrained(folder, quantization_config=settings)
+        with tempfile.TemporaryDirectory() as unquantised:
+            original.save_pretrained(unquantised)
+            compressed = ImagePromptForConditionalGeneration.from_pretrained(unquantised, quantization_config=settings)
     # Saved before it runs: on some CPUs bitsandbytes rounds the scales of weights when they are first used.
-    compressed.save_pretrained(output)
-    processor.save_pretrained(output)
+    compressed.save_pretrained(folder)
+    processor.save_pretrained(folder)
     try:
         logits = _logits(compressed, inputs)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
-            f"Quantised as {quantize}, the model in {output} does not run here ({type(error).__name__}: {error}). "
-            "Choose another kind, or fewer parts."
+            f"Quantised as {quantize}, {model} does not run here ({type(error).__name__}: {error}): nothing was "
+            "written. Choose another kind, or fewer parts."
         ) from error
-    reloaded = ImagePromptForConditionalGeneration.from_pretrained(output)
-    if not _difference(_logits(reloaded, inputs), logits) <= _TOLERANCE:
-        raise ValueError(f"The model in {output} is not the one that was written: do not use it.")
+    reloaded = ImagePromptForConditionalGeneration.from_pretrained(folder)
+    moved = difference([(_logits(reloaded, inputs), logits)])
+    if not moved.within(relative=_TOLERANCE):
+        raise ValueError(
+            f"The compressed model does not come back from its files as it was: logits differ by up to {moved}. "
+            "Nothing was written. Choose another kind, or fewer parts."
+        )
     report = {
         "model": model,
         "settings": {"quantize": quantize, "prune": share, "parts": parts, "scope": scope},
         "bytes_before": before,
-        "bytes_after": sum(file.stat().st_size for file in output.glob("*.safetensors")),
+        "bytes_after": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "quantized_layers": sorted(quantized_layers(reloaded)),
         "share_of_zeros": None if share is None else share_of_zeros(original, parts or PARTS),
-        "logit_difference": _difference(logits, expected),
+        "logit_difference": difference([(logits, expected)]).relative,
         **provenance(),
     }
-    (output / "compression.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "compression.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -101,8 +113,3 @@ def compress(
 def _logits(model: ImagePromptForConditionalGeneration, inputs) -> torch.Tensor:
     with evaluating(model):
         return model(**inputs.to(model.device)).logits.float().cpu()
-
-
-def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest, as a part of the largest logit expected."""
-    return ((logits - expected).abs().max() / expected.abs().max()).item()

@@ -1,11 +1,14 @@
-"""CLIP's image encoder: OpenAI's files onto timm's towers, and the encoder as the paper's code defines it.
+"""CLIP's image encoder: OpenAI's and transformers' files onto timm's towers, and the encoder as CLIP's code defines it.
 
 A timm tower ends where CLIP's projection begins; timm keeps that projection as the classifier. `encode` runs OpenAI's
-tensors as they lie in the file, without timm: the reference to which a tower is compared. Source: arXiv 2103.00020 and
+tensors as they lie in the file, without timm: the reference to which a tower is compared; tensors of transformers are
+given OpenAI's names first, and compared with transformers' own class. Source: arXiv 2103.00020 and
 github.com/openai/CLIP (`clip/model.py`, `clip/clip.py`).
 """
 
 import os
+import re
+from pathlib import Path
 
 import timm
 import torch
@@ -14,9 +17,12 @@ from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models import byobnet, vision_transformer
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from transformers import CLIPVisionModelWithProjection
 
+from ..comparing import verify
 from ..composing import loading, refuse_foreign_training
 from ..vision import Backbone
+from .backbones import load_pretrained
 from .tensors import first_mismatch, read_tensors
 
 # CLIP crops nothing off but what makes the picture square; timm's own settings for these weights cut a tenth more.
@@ -29,13 +35,69 @@ PREPROCESSING = {
 }
 HEAD_WIDTH = 64  # channels of an attention head, in all of CLIP's towers
 
+# transformers' names of weights, and OpenAI's.
+_RENAMES = [
+    (r"^visual_projection\.weight$", "proj"),
+    (r"^embeddings\.patch_embedding\.", "conv1."),
+    (r"^embeddings\.position_embedding\.weight$", "positional_embedding"),
+    (r"^embeddings\.class_embedding$", "class_embedding"),
+    (r"^pre_layrnorm\.", "ln_pre."),
+    (r"^post_layernorm\.", "ln_post."),
+    (r"^encoder\.layers\.", "transformer.resblocks."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.layer_norm(\d)\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+]
 
-def read_visual(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The image encoder in a CLIP file of OpenAI's, in fp32, under the names of its file ("visual.conv1.weight").
+
+def read_visual(source: str | os.PathLike, revision: str | None = None) -> dict[str, Tensor]:
+    """CLIP's image encoder in fp32, under the names of OpenAI's file ("visual.conv1.weight").
+
+    Args:
+        source: OpenAI's `.pt` file; or a folder or Hub id of transformers with a CLIP (`CLIPModel`,
+            `CLIPVisionModelWithProjection`), the folder of "openai/clip-vit-base-patch32".
+        revision: of a Hub id.
 
     Raises:
-        ValueError: if the file holds none, or cannot be read; see `read_tensors`.
+        ValueError: if there is none, or it cannot be read; see `read_tensors`.
     """
+    is_file = Path(source).is_file() or Path(source).suffix in (".pt", ".pth")
+    return _read_openai(source) if is_file else _read_transformers(source, revision)
+
+
+def _read_transformers(source: str | os.PathLike, revision: str | None) -> dict[str, Tensor]:
+    encoder = load_pretrained(CLIPVisionModelWithProjection, source, revision=revision)
+    visual = {}
+    for name, tensor in encoder.state_dict().items():
+        name = name.removeprefix("vision_model.")
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        visual[f"visual.{name}"] = tensor
+    visual["visual.proj"] = visual["visual.proj"].t()
+    for block in range(encoder.config.num_hidden_layers):
+        place = f"visual.transformer.resblocks.{block}.attn"
+        for kind in ("weight", "bias"):
+            parts = [visual.pop(f"{place}.{part}_proj.{kind}") for part in "qkv"]
+            visual[f"{place}.in_proj_{kind}"] = torch.cat(parts)
+    size = encoder.config.image_size
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+    def embeddings(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        expected = encoder.to(dtype)(pixel_values=pixels.to(dtype)).image_embeds
+        return [(encode(cast(visual, dtype), pixels.to(dtype)), expected)]
+
+    what = f"The embeddings of transformers' CLIP in {os.fspath(source)!r} and of CLIP as OpenAI defines it"
+    verify(embeddings, what, "ClipCap was trained on OpenAI's: quick_gelu, and heads of 64 channels.")
+    return visual
+
+
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors in a precision; integers stay what they are."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _read_openai(path: str | os.PathLike) -> dict[str, Tensor]:
     visual = {name: tensor for name, tensor in read_tensors(path).items() if name.startswith("visual.")}
     if "visual.proj" not in visual and "visual.attnpool.c_proj.weight" not in visual:
         raise ValueError(
@@ -49,7 +111,7 @@ def clip_tower(backbone: Backbone, visual: dict[str, Tensor] | None) -> torch.nn
 
     Args:
         backbone: see `imageprompt.vision.resolve_backbone`.
-        visual: OpenAI's tensors, see `read_visual`; without them, timm's own weights for the backbone are loaded.
+        visual: CLIP's tensors, see `read_visual`; without them, timm's own weights for the backbone are loaded.
 
     Raises:
         ValueError: if the tensors are another tower's, or were trained with another activation.

@@ -16,17 +16,17 @@ from transformers import AutoImageProcessor
 
 from ..image_processing import ImagePromptImageProcessor
 
-# (height, width): to be enlarged and made smaller, wide and tall. An even number of pixels is cut off at each side: of
-# an odd number timm, as torchvision, may leave the one more on the other side than transformers does.
-PICTURES = ((60, 120), (1400, 700))
+PICTURES = ((60, 120), (1400, 700))  # (height, width): to be enlarged and made smaller, wide and tall
+LONGER = range(1, 5)  # pixels by which more pictures are longer than wide, so that odd numbers are cut off as well
 MEND = "Mend preprocessor_config.json, or compose with a timm backbone."
 
 
-def read_preprocessing(source: str | os.PathLike) -> dict[str, Any]:
+def read_preprocessing(source: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
     """timm's data configuration for the image processor of a checkpoint.
 
     Args:
         source: local folder or Hub id.
+        revision: of a Hub id.
 
     Returns:
         `input_size` as [channels, height, width], `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
@@ -35,13 +35,15 @@ def read_preprocessing(source: str | os.PathLike) -> dict[str, Any]:
         ValueError: if there is none, or it does what timm's evaluation transform cannot do.
     """
     try:
-        theirs = AutoImageProcessor.from_pretrained(source, backend="pil")
+        theirs = AutoImageProcessor.from_pretrained(source, backend="pil", revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{os.fspath(source)!r} says nothing of its pixels (no preprocessor_config.json that can be read): {error}"
         ) from error
     mine = _translated(theirs, source)
-    for height, width in PICTURES:
+    edge = int(mine.size["height"] / mine.crop_pct)  # so that these are not resized
+    odd = [size for more in LONGER for size in ((edge + more, edge), (edge, edge + more))]
+    for height, width in (*PICTURES, *odd):
         pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         picture = Image.fromarray(pixels).convert("L" if len(mine.image_mean) == 1 else "RGB")
         expected = torch.as_tensor(np.asarray(theirs(picture, return_tensors="np")["pixel_values"]))
@@ -72,12 +74,14 @@ def _translated(theirs: Any, source: str | os.PathLike) -> ImagePromptImageProce
     if size.keys() == {"height", "width"}:
         mode, resized = "squash", (size["height"], size["width"])
     elif size.keys() == {"shortest_edge"} and crop is not None:
-        mode, resized = "center", (size["shortest_edge"],) * 2
+        mode, resized = "center_floor", (size["shortest_edge"],) * 2
     else:
         raise refuse(f"its `size` {size} gives images of several sizes.")
     height, width = resized if crop is None else (crop["height"], crop["width"])
     if height * resized[1] != width * resized[0]:
         raise refuse(f"its `crop_size` {crop} has not the shape of its `size` {size}.")
+    if height > resized[0]:
+        raise refuse(f"its `crop_size` {crop} is larger than its `size` {size}.")
     return ImagePromptImageProcessor(
         size={"height": height, "width": width},
         image_mean=mean,

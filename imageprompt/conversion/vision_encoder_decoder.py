@@ -8,76 +8,69 @@ position, so a prompt may follow as it did there.
 
 import copy
 import os
-from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, GenerationConfig, VisionEncoderDecoderModel
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, VisionEncoderDecoderModel
 
-from ..composing import generation_config_of, prepare_tokenizer
+from ..comparing import Difference, verify
+from ..composing import generation_config_of, loading, prepare_tokenizer
 from ..configuration import ImagePromptConfig, vision_config_of
 from ..image_processing import ImagePromptImageProcessor
 from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
 from .backbones import (
-    TOLERANCE,
     convert_encoder,
     find_twin,
     load_pretrained,
     read_encoder,
     read_transformers_config,
-    relative_difference,
     without_reports,
 )
+from .conversion import Conversion
 
 NUM_TOKENS = 8  # of the texts whose logits are compared
 PADDED_ROWS = 128  # of the embeddings that may have no word, as where their number was rounded up
 NEW_TOKENS = 16  # of the captions that are compared, at most
 
 
-@dataclass
-class ConvertedCaptioner:
-    """A captioner that says what the checkpoint says, and how far its logits are from the checkpoint's.
-
-    Args:
-        difference: the largest of any logit of the sample inputs.
-        relative_difference: the same, over the largest logit.
-    """
-
-    model: ImagePromptForConditionalGeneration
-    processor: ImagePromptProcessor
-    difference: float
-    relative_difference: float
-
-
 @torch.no_grad()
-def convert_vision_encoder_decoder(source: str | os.PathLike) -> ConvertedCaptioner:
+def convert_vision_encoder_decoder(source: str | os.PathLike, *, revision: str | None = None) -> Conversion:
     """Read a VisionEncoderDecoder checkpoint, and compare what becomes of it with transformers' own class.
 
     Args:
         source: local folder or Hub id with config, weights, tokenizer and `preprocessor_config.json`.
+        revision: branch, tag or commit of a Hub id; `main` by default.
+
+    Returns:
+        A captioner that says what the checkpoint says, in eval mode and fp32, and the differences of logits.
 
     Raises:
-        ValueError: if the encoder has no twin in timm, the decoder is not GPT-2, a file is missing, or sample inputs
-            do not give the same pixels, features, logits and captions.
+        ValueError: if the checkpoint is not there, the encoder has no twin in timm, the decoder is not GPT-2, a file is
+            missing, or sample inputs do not give the same pixels, features, logits and captions.
     """
-    settings, name = read_transformers_config(source), os.fspath(source)
+    name = os.fspath(source)
+    with loading(source):
+        settings = read_transformers_config(source, revision)
     if settings is None or settings["model_type"] != "vision-encoder-decoder":
         found = "no config.json of transformers" if settings is None else f"a {settings['model_type']!r} model"
         raise ValueError(f"{name!r} holds {found}, not a vision-encoder-decoder.")
     if (kind := settings["decoder"]["model_type"]) != "gpt2":
         raise ValueError(f"The decoder of {name!r} is {kind!r}: only GPT-2 can be imported.")
     twin = find_twin(settings["encoder"]["model_type"])
-    config = AutoConfig.from_pretrained(source)
-    backbone = read_encoder(source, config.encoder)
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    backbone = read_encoder(source, config.encoder, revision=revision)
     if twin.last_norm is not None:  # the decoder reads what has not passed it
         backbone.model_args["final_norm"] = False
-    tokenizer = prepare_tokenizer(source, config.decoder)
+    with loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    tokenizer = prepare_tokenizer(tokenizer, config.decoder)
     if (wordless := config.decoder.vocab_size - len(tokenizer)) > PADDED_ROWS:
         raise ValueError(
             f"The tokenizer of {name!r} lacks {wordless} of the {config.decoder.vocab_size} words of its decoder: are "
             "its files there (tokenizer.json, or vocab.json and merges.txt)?"
         )
-    peer = load_pretrained(VisionEncoderDecoderModel, source)
+    peer = load_pretrained(VisionEncoderDecoderModel, source, revision=revision)
     start, generation_config = _read_generation(peer, name)
     converted = convert_encoder(
         peer.encoder, backbone.pretrained_cfg["input_size"][1:], backbone.model_args, last_norm=twin.last_norm is None
@@ -112,7 +105,7 @@ def convert_vision_encoder_decoder(source: str | os.PathLike) -> ConvertedCaptio
     processor.check_model(model)
     differences = _compare_logits(model, peer, start)
     _compare_captions(model, peer)
-    return ConvertedCaptioner(model, processor, *differences)
+    return Conversion(model, processor, differences)
 
 
 def _read_generation(peer: VisionEncoderDecoderModel, name: str) -> tuple[int, GenerationConfig]:
@@ -176,25 +169,23 @@ def _sample_pixels(model: ImagePromptForConditionalGeneration) -> torch.Tensor:
 
 def _compare_logits(
     model: ImagePromptForConditionalGeneration, peer: VisionEncoderDecoderModel, start: int
-) -> tuple[float, float]:
-    """The largest difference of any word's logit, and the same over the largest logit."""
+) -> dict[str, Difference]:
+    """How far the logits of all words are apart."""
     pixels, placeholder = _sample_pixels(model), model.config.image_token_id
     vocab_size = peer.decoder.lm_head.out_features
     ids = torch.randint(0, vocab_size, (2, NUM_TOKENS), generator=torch.Generator().manual_seed(2))
     ids[ids == placeholder] = start
     ids[:, 0] = start
-    expected = peer(pixel_values=pixels, decoder_input_ids=ids).logits
-    ids[:, 0] = placeholder
+    ours = ids.clone()
+    ours[:, 0] = placeholder
     words = torch.arange(vocab_size) != placeholder
-    got = model(input_ids=ids, pixel_values=pixels).logits[..., :vocab_size][..., words]
-    expected = expected[..., words]
-    relative = relative_difference(got, expected)
-    if not relative <= TOLERANCE:
-        raise ValueError(
-            f"The logits of the imported model differ from those of the checkpoint by {relative:.1e} of the largest: "
-            "nothing was written. Please report this checkpoint."
-        )
-    return (got - expected).abs().max().item(), relative
+
+    def logits(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        expected = peer.to(dtype)(pixel_values=pixels.to(dtype), decoder_input_ids=ids).logits
+        got = model.to(dtype)(input_ids=ours, pixel_values=pixels.to(dtype)).logits[..., :vocab_size]
+        return [(got[..., words], expected[..., words])]
+
+    return verify(logits, "The logits of the imported model and of the checkpoint", "Please report this checkpoint.")
 
 
 def _compare_captions(model: ImagePromptForConditionalGeneration, peer: VisionEncoderDecoderModel) -> None:

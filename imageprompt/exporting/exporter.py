@@ -1,12 +1,11 @@
 """`export`: a saved model to a folder of graphs that run without this package, checked before it is said to be done.
 
-The folder is written beside its place, loaded again, compared with the model on a sample, and only then moved there.
+What was written is loaded again and compared with the model on a sample before the folder is there.
 """
 
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -18,7 +17,9 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from ..comparing import Difference, difference
 from ..configuration import ImagePromptConfig
+from ..folders import new_folder
 from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
 from ..provenance import provenance
@@ -50,26 +51,29 @@ STEPS = 2
 
 def export(
     model: str | os.PathLike, folder: str | os.PathLike, formats: Sequence[str] = ("onnx", "torch")
-) -> dict[str, float]:
+) -> dict[str, Difference]:
     """Write a model as graphs: vision tower with connector, and language model with its cache, in fp32.
 
     Args:
         model: a saved model, a local folder or Hub id.
-        folder: where to write; it may not exist yet. It will hold `vision` and `decoder` in each format, the
+        folder: where to write, new or empty. It will hold `vision` and `decoder` in each format, the
             processor, `generation_config.json`, `export.json`, which describes all inputs and outputs, and
             `exported_model.py`, which generates from them.
         formats: "onnx" (`.onnx` with weights in `.onnx.data`, needs `imageprompt[export]`) and "torch" (`.pt2`).
 
     Returns:
-        For each format the largest absolute difference between its logits and the model's on a sample.
+        For each format how far its logits are from the model's on a sample.
 
     Raises:
-        ValueError: if the folder exists, packages are missing, the model cannot be exported, or the logits of its
-            graphs differ by more than 1e-4 (or 1e-5 of the largest logit, if that is more); nothing is written then.
+        ValueError: if something is in the folder, packages are missing, the model cannot be exported, or the logits of
+            its graphs differ by more than 1e-4 (or 1e-5 of the largest logit, if that is more); nothing is written
+            then.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists already: name a new folder, or remove it.")
+    with new_folder(folder) as draft:
+        return _export(model, draft, formats)
+
+
+def _export(model: str | os.PathLike, folder: Path, formats: Sequence[str]) -> dict[str, Difference]:
     _check_formats(formats)
     config = ImagePromptConfig.from_pretrained(model)
     sample = _sample(config)
@@ -83,25 +87,17 @@ def export(
     _check_generation(loaded.generation_config)
 
     graphs = {"vision": image_graph(loaded), "decoder": decoder_graph(loaded)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        for name, graph in graphs.items():
-            _write(graph, draft / name, formats)
-        description = _describe(config, graphs, formats)
-        _save_json(description, draft)
-        processor.save_pretrained(draft)
-        loaded.generation_config.save_pretrained(draft)
-        shutil.copy(exported_model.__file__, draft)
-        for kind in formats:
-            description["verified"][kind] = _difference(loaded, FORMATS[kind](draft), sample)
-        _save_json(description, draft)
-        draft.chmod(0o755)  # a temporary folder is its owner's alone
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
-    return description["verified"]
+    for name, graph in graphs.items():
+        _write(graph, folder / name, formats)
+    description = _describe(config, graphs, formats)
+    _save_json(description, folder)
+    processor.save_pretrained(folder)
+    loaded.generation_config.save_pretrained(folder)
+    shutil.copy(exported_model.__file__, folder)
+    found = {kind: _compare(loaded, FORMATS[kind](folder), sample) for kind in formats}
+    description["verified"] = {kind: each.absolute for kind, each in found.items()}
+    _save_json(description, folder)
+    return found
 
 
 def _check_formats(formats: Sequence[str]) -> None:
@@ -208,21 +204,21 @@ def _sample(config: ImagePromptConfig) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def _difference(
+def _compare(
     model: ImagePromptForConditionalGeneration, exported: ExportedModel, sample: dict[str, np.ndarray]
-) -> float:
-    """The largest difference of logits, over the prompts' tokens and some steps: of all rows, and of one row alone.
+) -> Difference:
+    """The logits over the prompts' tokens and some steps: of all rows, and of one row alone.
 
     Raises:
-        ValueError: if it is too large.
+        ValueError: if they differ too much.
     """
-    largest, scale = 0.0, 0.0
+    pairs = []
     alone = {name: array[-1:] for name, array in sample.items()}
     for rows in (sample, alone):
         prompt = {name: rows[name] for name in ("input_ids", "attention_mask", "pixel_values")}
         output = model(**{name: torch.from_numpy(array) for name, array in prompt.items()}, use_cache=True)
         reading, tokens = exported.read(**prompt, all_logits=True), prompt["attention_mask"] == 1
-        pairs = [(reading.logits[tokens], output.logits.numpy()[tokens])]
+        pairs.append((reading.logits[tokens], output.logits.numpy()[tokens]))
         for word in np.split(rows["steps"], STEPS, axis=1):
             reading = exported.step(word, reading)
             output = model(
@@ -232,12 +228,10 @@ def _difference(
                 use_cache=True,
             )
             pairs.append((reading.logits, output.logits.numpy()))
-        # numpy's maximum keeps what is no number, Python's may not.
-        largest = float(np.max([largest, *(np.abs(found - expected).max() for found, expected in pairs)]))
-        scale = float(np.max([scale, *(np.abs(expected).max() for _, expected in pairs)]))
-    if not largest <= max(TOLERANCE, RELATIVE_TOLERANCE * scale):
+    found = difference(pairs)
+    if not found.within(TOLERANCE, RELATIVE_TOLERANCE):
         raise ValueError(
-            f"The logits of the {type(exported).__name__} differ by {largest:.2g} from the model's, which reach "
-            f"{scale:.2g}: nothing was exported."
+            f"The logits of the {type(exported).__name__} differ from the model's by up to {found}: nothing was "
+            "exported."
         )
-    return largest
+    return found

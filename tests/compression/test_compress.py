@@ -90,9 +90,31 @@ def test_mistakes_are_named_and_nothing_is_written(saved, tmp_path, settings, me
     assert not (tmp_path / "small").exists()
 
 
-def test_what_is_there_is_not_overwritten(saved):
-    with pytest.raises(ValueError, match=r"There is a model in .*plain already"):
-        compress(str(saved / "plain"), saved / "plain", quantize="int8")
+def test_what_is_there_is_not_overwritten(saved, tmp_path):
+    """Whatever it is: not a model alone."""
+    for name in ("model.safetensors", "tokenizer.json", "notes.txt"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(ValueError, match="not an empty folder: nothing is overwritten"):
+            compress(str(saved / "plain"), folder, share=0.5)
+        assert [path.read_text() for path in folder.iterdir()] == ["mine"]
+
+
+def test_a_model_that_does_not_come_back_as_it_was_is_not_left_there(saved, tmp_path, monkeypatch):
+    save = ImagePromptForConditionalGeneration.save_pretrained
+
+    def save_something_else(model, folder, **settings):
+        model.lm_head.weight.data[5, 0] += 1
+        save(model, folder, **settings)
+        model.lm_head.weight.data[5, 0] -= 1
+
+    monkeypatch.setattr(ImagePromptForConditionalGeneration, "save_pretrained", save_something_else)
+    with pytest.raises(ValueError, match=r"does not come back from its files as it was.*Nothing was written"):
+        compress(str(saved / "plain"), tmp_path / "small", share=0.5)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    compress(str(saved / "plain"), tmp_path / "small", share=0.5)  # the next try finds nothing in its way
 
 
 def test_a_quantised_model_is_not_compressed_or_trained_again(saved, folders, tmp_path):
@@ -111,7 +133,8 @@ def test_a_kind_that_does_not_run_here_is_named(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr("bitsandbytes.nn.Linear4bit.forward", fail)
     with pytest.raises(ValueError, match=r"Quantised as int4.*does not run here \(AssertionError: N must"):
-        compress(str(saved / "plain"), tmp_path, quantize="int4")
+        compress(str(saved / "plain"), tmp_path / "small", quantize="int4")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_zeros_and_adapters_do_not_go_together(saved, folders, tmp_path):

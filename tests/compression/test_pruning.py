@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from imageprompt import ImagePromptCollator, ImagePromptForConditionalGeneration
 from imageprompt.compression import KeepZeros, prune, share_of_zeros
-from imageprompt.compression.pruning import prunable_layers
+from imageprompt.compression.pruning import prunable_weights
 
 ROWS = [{"image": picture(seed), "text": "What is it?", "suffix": " A dog!"} for seed in range(4)]
 
@@ -19,8 +19,8 @@ def parts(tokenizer):
     return tiny(tokenizer)
 
 
-def zeros(layer) -> float:
-    return (layer.weight == 0).float().mean().item()
+def zeros(weight) -> float:
+    return (weight == 0).float().mean().item()
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
@@ -28,20 +28,19 @@ def test_the_smallest_weights_of_each_layer_become_zero(parts, share):
     original, _ = parts
     model = copy.deepcopy(original)
     prune(model, share)
-    layers = prunable_layers(original)
-    assert {"model.vision_tower.timm_model.conv1.0", "model.connector.linear_1"} <= layers.keys()
-    assert "model.language_model.h.1.mlp.c_proj" in layers and "lm_head" not in layers
-    for name, layer in layers.items():
-        weight, pruned = layer.weight, model.get_submodule(name).weight
+    weights = prunable_weights(original)
+    assert {"model.vision_tower.timm_model.conv1.0.weight", "model.connector.linear_1.weight"} <= weights.keys()
+    assert "model.language_model.h.1.mlp.c_proj.weight" in weights and "lm_head.weight" not in weights
+    for name, weight in weights.items():
+        pruned = model.get_parameter(name)
         kept = pruned != 0
-        assert zeros(model.get_submodule(name)) == pytest.approx(share, abs=1 / weight.numel())
+        assert zeros(pruned) == pytest.approx(share, abs=1 / weight.numel())
         assert torch.equal(weight[kept], pruned[kept]) and weight[kept].abs().min() >= weight[~kept].abs().max()
     assert share_of_zeros(model) == pytest.approx(share, abs=1e-3)
     # What is no such layer stays, and nothing of the pruning itself is left in the model.
-    pruned = {f"{name}.weight" for name in layers}
     state = model.state_dict()
     assert state.keys() == original.state_dict().keys()
-    assert all(torch.equal(value, state[name]) for name, value in original.state_dict().items() if name not in pruned)
+    assert all(torch.equal(value, state[name]) for name, value in original.state_dict().items() if name not in weights)
     assert not any(layer._forward_pre_hooks for layer in model.modules())
     assert all(parameter.requires_grad for parameter in model.model.connector.parameters())
 
@@ -50,12 +49,12 @@ def test_the_smallest_weights_of_the_model_become_zero(parts):
     original, _ = parts
     model = copy.deepcopy(original)
     prune(model, 0.5, scope="model")
-    layers = prunable_layers(original)
-    weights = torch.cat([layer.weight.flatten() for layer in layers.values()])
-    pruned = torch.cat([model.get_submodule(name).weight.flatten() for name in layers])
+    names = prunable_weights(original)
+    weights = torch.cat([weight.flatten() for weight in names.values()])
+    pruned = torch.cat([model.get_parameter(name).flatten() for name in names])
     assert share_of_zeros(model) == pytest.approx(0.5, abs=1e-4)
     assert weights[pruned != 0].abs().min() >= weights[pruned == 0].abs().max()
-    shares = [zeros(model.get_submodule(name)) for name in layers]
+    shares = [zeros(model.get_parameter(name)) for name in names]
     assert max(shares) - min(shares) > 0.1
 
 
@@ -68,8 +67,31 @@ def test_only_the_parts_asked_for_are_pruned(parts, tokenizer):
     assert not any(parameter.requires_grad for parameter in model.model.vision_tower.parameters())
     model, _ = tiny(tokenizer, fusion="cross_attention")
     prune(model, 0.5, ["connector"])
-    assert zeros(model.model.language_model.h[0].crossattention.c_attn) == 0.5
-    assert zeros(model.model.language_model.h[0].attn.c_attn) == 0
+    assert zeros(model.model.language_model.h[0].crossattention.c_attn.weight) == 0.5
+    assert zeros(model.model.language_model.h[0].attn.c_attn.weight) == 0
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("connector", ["resampler", "clipcap_transformer"])
+def test_the_weights_of_attention_are_pruned_too(tokenizer, connector, scope):
+    """torch's attention is no linear layer, but its weights are those of three."""
+    model, _ = tiny(tokenizer, "NLC", connector=connector, num_image_tokens=4)
+    matrices = {
+        f"model.connector.{name}": parameter.clone()
+        for name, parameter in model.model.connector.named_parameters()
+        if name.endswith("weight") and parameter.ndim == 2 and name not in ("queries.weight", "constants.weight")
+    }
+    assert any(name.endswith("in_proj_weight") for name in matrices)
+    assert prunable_weights(model, ["connector"]).keys() == matrices.keys()
+    prune(model, 0.5, ["connector"], scope)
+    for name, before in matrices.items():
+        pruned = model.get_parameter(name)
+        assert zeros(pruned) == 0.5 if scope == "layer" else 0 < zeros(pruned) < 1
+        assert torch.equal(before[pruned != 0], pruned[pruned != 0]) and pruned.requires_grad
+    assert share_of_zeros(model, ["connector"]) == pytest.approx(0.5, abs=1e-4)
+    callback = KeepZeros()
+    callback.on_train_begin(None, None, None, model=model)
+    assert len(callback.masks) == len(matrices)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
@@ -78,7 +100,7 @@ def test_zeros_stay_while_the_rest_learns(parts, tmp_path, optimizer):
     original, processor = parts
     model = copy.deepcopy(original)
     prune(model, 0.5)
-    before = {name: layer.weight.clone() for name, layer in prunable_layers(model).items()}
+    before = {name: weight.clone() for name, weight in prunable_weights(model).items()}
     args = TrainingArguments(
         str(tmp_path),
         max_steps=4,
@@ -99,7 +121,7 @@ def test_zeros_stay_while_the_rest_learns(parts, tmp_path, optimizer):
     )
     trainer.train()
     for name, weight in before.items():
-        learnt = model.get_submodule(name).weight
+        learnt = model.get_parameter(name)
         assert torch.equal(learnt == 0, weight == 0), name
         assert name.startswith("model.vision_tower") or not torch.equal(learnt, weight), name
     for folder in ("checkpoint-2", "checkpoint-4"):

@@ -5,6 +5,7 @@ Reference: transformers' own image processors and model classes, on checkpoints 
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -41,9 +42,15 @@ from transformers import (
     ViTModel,
 )
 
-from imageprompt import ImagePromptForConditionalGeneration, ImagePromptProcessor, compose
+from imageprompt import (
+    ImagePromptForConditionalGeneration,
+    ImagePromptImageProcessor,
+    ImagePromptProcessor,
+    compose,
+)
 from imageprompt.conversion import backbones
 from imageprompt.conversion.backbones import load_weights, read_backbone
+from imageprompt.conversion.pixels import read_preprocessing
 from imageprompt.diagnosis import diagnose
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -130,7 +137,7 @@ def test_pixels_and_features_are_those_of_transformers(name, tokenizer, tmp_path
     model = ImagePromptForConditionalGeneration.from_pretrained(tmp_path / "saved")
     processor = ImagePromptProcessor.from_pretrained(tmp_path / "saved")
 
-    photo = picture(size=(60, 90))
+    photo = picture(size=(60, 91))  # an odd number of pixels is cut off
     pixels = processor(images=photo, return_tensors="pt")["pixel_values"]
     theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")(photo, return_tensors="pt")["pixel_values"]
     assert max_difference(pixels, theirs) <= 1e-5
@@ -156,7 +163,30 @@ def test_what_was_verified_can_be_read(clip_folder):
     backbone = read_backbone(clip_folder)
     assert (backbone.architecture, backbone.layer_norm_eps) == ("vit_base_patch16_clip_224", 1e-5)
     assert backbone.model_args["act_layer"] == "quick_gelu"
-    assert 0 <= load_weights(backbone).difference <= 1e-5
+    differences = load_weights(backbone).differences
+    assert differences["float64"].absolute < 1e-10 and 0 <= differences["float32"].relative <= 1e-5
+
+
+def test_compose_shows_the_difference_that_it_found(clip_folder, tokenizer, monkeypatch):
+    shown = []
+    monkeypatch.setattr(backbones.logger, "warning", shown.append)
+    composed(clip_folder, tokenizer)
+    (line,) = shown
+    assert re.search(r"timm's features differ from CLIPVisionModel's by \S+e-1\d in float64 .* in float32", line), line
+
+
+@pytest.mark.parametrize("size", [(427, 640), (640, 427), (683, 1024), (333, 500), (225, 224), (224, 227), (228, 224)])
+def test_an_odd_number_of_pixels_is_cut_off_as_in_transformers(size, tmp_path):
+    """timm and torchvision round to even there, and would cut one pixel further to one side."""
+    CLIPImageProcessor().save_pretrained(tmp_path)
+    cfg = read_preprocessing(tmp_path)
+    assert (cfg["crop_mode"], cfg["input_size"]) == ("center_floor", [3, 224, 224])
+    photo = picture(0, size)
+    theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(photo, return_tensors="pt")["pixel_values"]
+    processor = ImagePromptImageProcessor.from_pretrained_cfg(cfg)
+    processor.save_pretrained(tmp_path / "saved")
+    for ours in (processor, ImagePromptImageProcessor.from_pretrained(tmp_path / "saved")):
+        assert max_difference(ours(photo, return_tensors="pt")["pixel_values"], theirs) <= 1e-5
 
 
 def test_a_hub_id_from_the_cache(clip_folder, tokenizer, tmp_path, monkeypatch):
@@ -279,7 +309,7 @@ def change(folder, file: str, **settings):
 def test_features_that_differ_stop_the_import(vit_folder, tokenizer, monkeypatch):
     monkeypatch.setattr(backbones, "set_layer_norm_eps", lambda model, eps: None)
     change(vit_folder, "config.json", layer_norm_eps=0.1)
-    with pytest.raises(ValueError, match="differs from ViTModel by"):
+    with pytest.raises(ValueError, match=r"Features of timm's .* and of ViTModel differ by up to \S+ in float64"):
         composed(vit_folder, tokenizer)
 
 
@@ -315,6 +345,11 @@ def test_beit_has_no_twin(tokenizer, tmp_path):
         ({"do_rescale": False}, "does not divide the pixels by 255"),
         ({"rescale_factor": 1 / 127.5}, "does not divide the pixels by 255"),
         ({"size": {"shortest_edge": 32}}, "gives images of several sizes"),
+        (
+            {"size": {"shortest_edge": 16}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+            | {"image_processor_type": "CLIPImageProcessor"},
+            "`crop_size` .* is larger than its `size`",
+        ),
         ({"image_std": [0.0, 0.5, 0.5]}, "`image_std` is positive"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

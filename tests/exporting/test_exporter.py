@@ -71,7 +71,8 @@ def save(folder, *parts) -> str:
 
 def check_answers(model, processor, folder: Path) -> None:
     """Export in both formats, and compare the answers."""
-    assert max(export(save(folder / "model", model, processor), folder / "exported").values()) <= 1e-4
+    differences = export(save(folder / "model", model, processor), folder / "exported").values()
+    assert all(each.within(1e-4) for each in differences)
     inputs = batch_inputs(processor, ROWS)
     expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     for kind in ("onnx", "torch"):
@@ -109,9 +110,9 @@ def exported(request, tokenizer, tmp_path_factory) -> SimpleNamespace:
 
 
 def test_the_command_prints_the_difference_that_it_found(exported):
-    found = dict(re.findall(r"(\w+): logits differ .* at most (\S+)$", exported.printed, re.MULTILINE))
+    found = dict(re.findall(r"(\w+): logits differ .* by up to (\S+) in float32", exported.printed, re.MULTILINE))
     written = json.loads((exported.folder / "export.json").read_text())["verified"]
-    assert found == {kind: f"{difference:.2g}" for kind, difference in written.items()}
+    assert found == {kind: f"{difference:.1e}" for kind, difference in written.items()}
     assert list(found) == exported.formats
     assert max(written.values()) <= 1e-4
 
@@ -270,12 +271,12 @@ def test_graphs_that_differ_from_the_model_are_refused(exported):
     sample = exporter._sample(exported.model.config)
     other = ImagePromptForConditionalGeneration.from_pretrained(exported.root / "runs" / "captioner").eval()
     for runner in exported.runners:
-        assert exporter._difference(other, runner, sample) <= 1e-4
+        assert exporter._compare(other, runner, sample).within(1e-4)
     with torch.no_grad():
         other.model.connector.linear_2.bias[0] += 1.0
     for runner in exported.runners:
-        with pytest.raises(ValueError, match=rf"logits of the {type(runner).__name__} differ by .*, which reach "):
-            exporter._difference(other, runner, sample)
+        with pytest.raises(ValueError, match=rf"logits of the {type(runner).__name__} differ from .* by up to [1-9]"):
+            exporter._compare(other, runner, sample)
 
 
 def test_an_export_that_fails_leaves_nothing(saved, tmp_path, monkeypatch):
@@ -298,7 +299,7 @@ def refusal(saved: Path, folder: Path, formats=("torch",)) -> str:
 def test_mistakes_are_refused_before_work_starts(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(exporter, "trace", lambda graph: pytest.fail("work has started"))
     folder = tmp_path / "exported"
-    assert "model exists already: name a new folder" in refusal(saved, saved)
+    assert "model is there already and not an empty folder" in refusal(saved, saved)
     assert "`formats` are onnx and torch; unknown: coreml" in refusal(saved, folder, ["coreml"])
     assert "none is named" in refusal(saved, folder, [])
 
