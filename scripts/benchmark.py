@@ -1,0 +1,463 @@
+"""imageprompt beside what people pick instead, and beside the machine's limit: time and memory of the same work.
+
+    python scripts/benchmark.py --output docs/speed/benchmark.json
+
+The contestants are in `CONTESTANTS`, what they do in `WORKS`. All have random weights of the same sizes (ViT-S/16 at
+224 pixels with GPT-2's 124 million parameters), the same batch and the same dtype. Each runs in a process of its own,
+so that its peak memory is its own, and the processes take turns, one repeat each, so that what else the machine does
+falls on all alike: what counts is the ratio of the medians. `--quick` takes tiny models, to see that all runs.
+"""
+
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from tqdm.auto import tqdm
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
+
+from imageprompt import ImagePromptConfig, ImagePromptForConditionalGeneration
+from imageprompt.provenance import provenance
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What all contestants have in common."""
+
+    backbone: str = "vit_small_patch16_224"
+    image_size: int = 224
+    patch_size: int = 16
+    vision_width: int = 384
+    vision_layers: int = 12
+    vision_heads: int = 6
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    vocabulary: int = 50258  # GPT-2's and the placeholder
+    batch: int = 8
+    text_tokens: int = 24
+    new_tokens: int = 32
+    questions: int = 16
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    def gpt2(self, **settings: Any) -> GPT2Config:
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+        sizes = {"n_embd": self.text_width, "n_layer": self.text_layers, "n_head": self.text_heads}
+        return GPT2Config(**sizes, vocab_size=self.vocabulary, **ends, **settings)
+
+    def vit(self) -> dict[str, int]:
+        return {
+            "hidden_size": self.vision_width,
+            "num_hidden_layers": self.vision_layers,
+            "num_attention_heads": self.vision_heads,
+            "intermediate_size": 4 * self.vision_width,
+            "patch_size": self.patch_size,
+            "image_size": self.image_size,
+        }
+
+
+FULL = Sizes()
+QUICK = Sizes(
+    backbone="vit_tiny_patch16_224",
+    image_size=64,
+    vision_width=192,
+    vision_heads=3,
+    text_width=32,
+    text_layers=2,
+    text_heads=2,
+    vocabulary=400,
+    batch=2,
+    text_tokens=6,
+    new_tokens=4,
+    questions=4,
+)
+
+
+class Contestant:
+    """A model of the given sizes, with the inputs of every work. What a work does is a method of its name."""
+
+    def __init__(self, sizes: Sizes, dtype: str, device: str):
+        self.sizes, self.dtype, self.device = sizes, DTYPES[dtype], device
+        torch.manual_seed(0)
+        self.model = self.build().to(device)
+        self.text = torch.randint(1, sizes.vocabulary - 1, (sizes.batch, sizes.text_tokens), device=device)
+        self.pixels = torch.randn(sizes.batch, 3, sizes.image_size, sizes.image_size, device=device)
+
+    def build(self) -> torch.nn.Module:
+        raise NotImplementedError
+
+    def inputs(self, text: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model takes for these texts, (rows, tokens), each behind an image."""
+        raise NotImplementedError
+
+    def labelled(self) -> dict[str, torch.Tensor]:
+        """A training batch, in which the texts are learnt."""
+        inputs = self.inputs(self.text)
+        labels = inputs["input_ids"].clone()
+        labels[:, : -self.sizes.text_tokens] = -100
+        return inputs | {"labels": labels}
+
+    def train(self) -> Callable[[], Any]:
+        """A training step: as the Trainer does it, with fp32 weights, under autocast for bf16."""
+        model, batch = self.model.train(), self.labelled()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+        def step() -> None:
+            with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+                loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def generate(self) -> Callable[[], Any]:
+        """Captions of a batch of images, of just so many tokens."""
+        model = self.model.eval().to(self.dtype)
+        inputs = {name: self._cast(value) for name, value in self.inputs(self.text[:, :1]).items()}
+        count = self.sizes.new_tokens
+        return lambda: model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+
+    def _cast(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+
+class Ours(Contestant):
+    """imageprompt, with a two-layer MLP as connector."""
+
+    num_image_tokens: int | None = None  # one for each patch
+
+    def build(self):
+        self.config = ImagePromptConfig.from_backbones(
+            self.sizes.backbone,
+            self.sizes.gpt2(),
+            preprocessing={"input_size": (3, self.sizes.image_size, self.sizes.image_size)},
+            image_token_id=self.sizes.vocabulary - 1,
+            num_image_tokens=self.num_image_tokens,
+        )
+        return ImagePromptForConditionalGeneration(self.config)
+
+    def inputs(self, text):
+        images = text.new_full((len(text), self.config.image_seq_length), self.config.image_token_id)
+        ids = torch.cat([images, text], dim=1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": self.pixels[: len(text)]}
+
+    def _questions(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        self.model.eval().to(self.dtype)
+        words = torch.randint(1, self.sizes.vocabulary - 1, (self.sizes.questions, 8), device=self.device)
+        settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        return {"input_ids": words, "attention_mask": torch.ones_like(words)}, settings
+
+    def questions_one_by_one(self) -> Callable[[], torch.Tensor]:
+        """Every question with its image, as each comes."""
+        questions, settings = self._questions()
+        pixels = self._cast(self.pixels[:1])
+
+        def ask() -> torch.Tensor:
+            answers = []
+            for words in questions["input_ids"].split(1):
+                inputs = self.inputs(words) | {"pixel_values": pixels}
+                answers.append(self.model.generate(**inputs, **settings)[:, self.config.image_seq_length :])
+            return torch.cat(answers)
+
+        return ask
+
+    def questions_behind_a_prefix(self) -> Callable[[], torch.Tensor]:
+        """The image once, then every question as it comes."""
+        questions, settings = self._questions()
+
+        def ask() -> torch.Tensor:
+            prefix = self._prefix()
+            parts = [{"input_ids": words} for words in questions["input_ids"].split(1)]
+            return torch.cat([self.model.generate(**part, prefix=prefix, **settings) for part in parts])
+
+        return ask
+
+    def questions_together_behind_a_prefix(self) -> Callable[[], torch.Tensor]:
+        """The image once, then all questions in one batch."""
+        questions, settings = self._questions()
+        return lambda: self.model.generate(**questions, prefix=self._prefix(), **settings)
+
+    def _prefix(self):
+        image = self.inputs(self.text[:1, :0]) | {"pixel_values": self._cast(self.pixels[:1])}
+        return self.model.encode_prefix(**image)
+
+    def decode(self) -> Callable[[], Any]:
+        """The step for one more token of each row."""
+        model = self.model.eval().to(self.dtype)
+        inputs = {name: self._cast(value) for name, value in self.inputs(self.text).items()}
+        with torch.inference_mode():
+            cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        return _decoding(model, cache, inputs["attention_mask"])
+
+
+class OursPooled(Ours):
+    """As `Ours`, with the patches averaged to a quarter: what the README composes."""
+
+    def build(self):
+        self.num_image_tokens = self.sizes.patches // 4
+        return super().build()
+
+
+class Llava(Contestant):
+    """transformers' LLaVA: a CLIP-style ViT, every patch through a two-layer MLP, an untied head."""
+
+    def build(self):
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**self.sizes.vit()),
+            text_config=self.sizes.gpt2(tie_word_embeddings=False),
+            image_token_index=self.sizes.vocabulary - 1,
+            image_seq_length=self.sizes.patches,
+            vision_feature_layer=-1,
+        )
+        return LlavaForConditionalGeneration(config)
+
+    def inputs(self, text):
+        images = text.new_full((len(text), self.sizes.patches), self.sizes.vocabulary - 1)
+        ids = torch.cat([images, text], dim=1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": self.pixels[: len(text)]}
+
+
+class EncoderDecoder(Contestant):
+    """transformers' VisionEncoderDecoder: a ViT, and a GPT-2 with cross-attention to all of its tokens."""
+
+    def build(self):
+        config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+            ViTConfig(**self.sizes.vit()), self.sizes.gpt2()
+        )
+        config.decoder_start_token_id = config.pad_token_id = 0
+        return VisionEncoderDecoderModel(config)
+
+    def inputs(self, text):
+        return {"pixel_values": self.pixels[: len(text)]}
+
+    def labelled(self):
+        return self.inputs(self.text) | {"labels": self.text}
+
+
+class Loop(Contestant):
+    """ClipCap's way: image by image, the whole row anew for every token, without a cache."""
+
+    prefix_length = 10
+
+    def build(self):
+        import timm
+
+        class Captioner(torch.nn.Module):
+            def __init__(self, sizes: Sizes, prefix_length: int):
+                super().__init__()
+                self.vision = timm.create_model(sizes.backbone, img_size=sizes.image_size, num_classes=0)
+                width = prefix_length * sizes.text_width
+                self.mapper = torch.nn.Sequential(
+                    torch.nn.Linear(sizes.vision_width, width // 2), torch.nn.Tanh(), torch.nn.Linear(width // 2, width)
+                )
+                self.text = GPT2LMHeadModel(sizes.gpt2())
+
+        return Captioner(self.sizes, self.prefix_length)
+
+    def generate(self):
+        model = self.model.eval().to(self.dtype)
+
+        @torch.no_grad()
+        def caption() -> None:
+            for pixels in self.pixels.to(self.dtype).split(1):
+                row = model.mapper(model.vision(pixels)).view(1, self.prefix_length, -1)
+                for _ in range(self.sizes.new_tokens):
+                    token = model.text(inputs_embeds=row, use_cache=False).logits[:, -1].argmax(-1)
+                    row = torch.cat([row, model.text.transformer.wte(token)[:, None]], dim=1)
+
+        return caption
+
+
+class Gpt2(Contestant):
+    """transformers' GPT-2 alone."""
+
+    def build(self):
+        return GPT2LMHeadModel(self.sizes.gpt2())
+
+    def decode(self):
+        model = self.model.eval().to(self.dtype)
+        length = self.sizes.patches + self.sizes.text_tokens  # as many positions as `Ours` has
+        ids = self.text[:, :1].expand(-1, length)
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return _decoding(model, cache, torch.ones_like(ids))
+
+
+class Gemms(Contestant):
+    """The floor of a decoding step: its matrix products alone, with weights of the model's own layout."""
+
+    def build(self):
+        return GPT2LMHeadModel(self.sizes.gpt2())
+
+    def decode(self):
+        model = self.model.eval().to(self.dtype)
+        rows, wide = (
+            torch.randn(self.sizes.batch, width, device=self.device, dtype=self.dtype)
+            for width in (self.sizes.text_width, 4 * self.sizes.text_width)
+        )
+
+        @torch.inference_mode()
+        def step() -> None:
+            for block in model.transformer.h:
+                for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc):
+                    torch.addmm(layer.bias, rows, layer.weight)
+                torch.addmm(block.mlp.c_proj.bias, wide, block.mlp.c_proj.weight)
+            F.linear(rows, model.lm_head.weight)
+
+        return step
+
+
+def _decoding(model: torch.nn.Module, cache: Any, mask: torch.Tensor) -> Callable[[], None]:
+    """Steps behind a cache, which is cut to its length again after each."""
+    length = cache.get_seq_length()
+    mask = F.pad(mask, (0, 1), value=1)
+    token = torch.ones(len(mask), 1, dtype=torch.long, device=mask.device)
+    position = torch.full_like(token, length)
+
+    @torch.inference_mode()
+    def step() -> None:
+        model(token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return step
+
+
+CONTESTANTS = {kind.__name__: kind for kind in (Ours, OursPooled, Llava, EncoderDecoder, Loop, Gpt2, Gemms)}
+# Who does what; the first is what the others are compared with.
+WORKS: dict[str, list[tuple[str, str]]] = {
+    "train, all image tokens": [("Ours", "train"), ("Llava", "train")],
+    "train, a quarter of the tokens": [("OursPooled", "train"), ("EncoderDecoder", "train")],
+    "generate": [(name, "generate") for name in ("OursPooled", "Ours", "Llava", "EncoderDecoder", "Loop")],
+    "decode a token": [("Ours", "decode"), ("Gpt2", "decode"), ("Gemms", "decode")],
+    "questions about one image": [
+        ("Ours", "questions_together_behind_a_prefix"),
+        ("Ours", "questions_behind_a_prefix"),
+        ("Ours", "questions_one_by_one"),
+    ],
+}
+
+
+def _serve(pipe: Any, name: str, method: str, sizes: Sizes, dtype: str, device: str, threads: int) -> None:
+    """A contestant's process: one repeat for every message, answered with its seconds and the peak memory so far."""
+    torch.set_num_threads(threads)
+    work = getattr(CONTESTANTS[name](sizes, dtype, device), method)()
+    work()  # not timed: allocations and kernels' first calls
+    pipe.send("ready")
+    while pipe.recv():
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak()
+        pipe.send((seconds, peak))
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def compare(work: str, sizes: Sizes, dtype: str, device: str, repeats: int, threads: int) -> list[dict[str, Any]]:
+    """All contestants of a work, in turns: (median, lowest and highest) seconds, and peak bytes of the process."""
+    context = multiprocessing.get_context("spawn")
+    contests = []
+    for name, method in WORKS[work]:
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_serve, args=(theirs, name, method, sizes, dtype, device, threads), daemon=True
+        )
+        process.start()
+        theirs.close()
+        ours.recv()  # an EOFError if it could not be built
+        contests.append((name, method, ours, process))
+    seconds: list[list[float]] = [[] for _ in contests]
+    peaks = [0] * len(contests)
+    for _ in tqdm(range(repeats), desc=f"{work}, {dtype}"):
+        for number, (*_, pipe, _process) in enumerate(contests):
+            pipe.send(True)
+            taken, peaks[number] = pipe.recv()
+            seconds[number].append(taken)
+    for *_, pipe, process in contests:
+        pipe.send(False)
+        process.join()
+    first = statistics.median(seconds[0])
+    return [
+        {
+            "work": work,
+            "contestant": name,
+            "method": method,
+            "dtype": dtype,
+            "seconds": {"median": statistics.median(taken), "lowest": min(taken), "highest": max(taken)},
+            "times_the_first": statistics.median(taken) / first,
+            "peak_bytes": peak,
+            "peak_times_the_first": peak / peaks[0],
+        }
+        for (name, method, *_), taken, peak in zip(contests, seconds, peaks, strict=True)
+    ]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each contestant of each work."""
+    lines = [
+        "| work | dtype | contestant | seconds (lowest to highest) | times the first | peak GB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in results:
+        seconds = entry["seconds"]
+        lines.append(
+            f"| {entry['work']} | {entry['dtype']} | {entry['contestant']}: {entry['method']} "
+            f"| {seconds['median']:.3g} ({seconds['lowest']:.3g} to {seconds['highest']:.3g}) "
+            f"| {entry['times_the_first']:.2f} | {entry['peak_bytes'] / 1e9:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="JSON file for the results.")],
+    works: Annotated[str, typer.Option(help="Which, with commas between: parts of their names.")] = "",
+    dtypes: Annotated[str, typer.Option(help="Which, with commas between.")] = "fp32,bf16",
+    repeats: Annotated[int, typer.Option(help="Of each work and contestant.")] = 7,
+    quick: Annotated[bool, typer.Option(help="Tiny models: to see that all runs, not how fast.")] = False,
+) -> None:
+    """Time all, write the results after each work, and print them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes, threads = QUICK if quick else FULL, torch.get_num_threads()
+    chosen = [work for work in WORKS if not works or any(part and part in work for part in works.split(","))]
+    result: dict[str, Any] = {"sizes": asdict(sizes), "device": device, "threads": threads, "repeats": repeats}
+    result["runs"] = []
+    for work in chosen:
+        for dtype in dtypes.split(","):
+            result["runs"] += compare(work, sizes, dtype, device, repeats, threads)
+            result |= provenance()
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result["runs"]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
