@@ -46,7 +46,6 @@ CODE = {
         "linear",
         "modeling",
         "processing",
-        "sharing",
         "vision",
     )
 }
