@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
@@ -112,15 +112,15 @@ def push(
     language: Annotated[list[str] | None, typer.Option(help="That the model writes, such as en.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Hub name of data that it was trained on.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Further tag of the card.")] = None,
-    private: Annotated[bool | None, typer.Option(help="A new repository: for you alone, or for all.")] = None,
+    private: Annotated[bool | None, typer.Option(help="For you alone, or for all; as it is, by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch; main by default, made if there is none.")] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload model",
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the files and the card; send nothing.")] = False,
 ) -> None:
     """Upload a saved model to the Hub: weights, processor, code and a model card, in one commit."""
+    from .cards import CardFacts
     from .pushing import describe_push, push_folder, read_evaluation
-    from .sharing import CardFacts
 
     facts = CardFacts(
         license=license,
@@ -335,10 +335,10 @@ def _save_conversion(output: Path, convert: "Callable[[], Conversion]", said: st
     typer.echo(f"Saved to {output}.")
 
 
-def main() -> None:
-    """Run the command; a mistake in the input ends with its message instead of a traceback."""
+def main(command: Callable[[], Any] = app) -> None:
+    """Run a command, by default `imageprompt`; a mistake in the input ends with its message, without a traceback."""
     try:
-        app()
+        command()
     except ModuleNotFoundError as error:
         typer.secho(f'Error: {error}. The command needs: pip install "imageprompt[train]"', fg="red", err=True)
         raise SystemExit(1) from error

@@ -86,8 +86,6 @@ def compose(
     tokenizer = prepare_tokenizer(tokenizer if tokenizer is not None else text, text_config)
 
     text_config = copy.deepcopy(text_config)
-    if os.path.isdir(text_config.name_or_path):
-        text_config.name_or_path = ""  # a path of this machine means nothing where the model is loaded
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text_config, name, getattr(tokenizer, name))
     if pretrained in (True, "text") and not isinstance(text, PreTrainedConfig):
@@ -154,12 +152,27 @@ def prepare_tokenizer(source: Any, text_config: PreTrainedConfig) -> PreTrainedT
             source.save_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
     else:
-        with loading(source):
-            tokenizer = AutoTokenizer.from_pretrained(source, **settings)
+        tokenizer = load_tokenizer(source, **settings)
     if tokenizer.eos_token is None:
         raise ValueError("The tokenizer has no `eos_token`: without one, no answer can learn to end.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_tokenizer(source: str | os.PathLike, **settings) -> PreTrainedTokenizerBase:
+    """The library's `AutoTokenizer`, which makes one without any words where it finds a `config.json` alone.
+
+    Raises:
+        ValueError: if the tokenizer cannot be loaded, or has no words.
+    """
+    with loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, **settings)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"There is no tokenizer in {os.fspath(source)}: put its files there (`tokenizer.save_pretrained`), or name "
+            "another place as `tokenizer`."
+        )
     return tokenizer
 
 

@@ -8,7 +8,9 @@ given is measured once, by running the backbone on the meta device (no weights, 
 
 import copy
 import difflib
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -43,6 +45,13 @@ FUSIONS = ("prefix", "cross_attention")
 IGNORE_INDEX = -100
 # Tokenizers may add these; GPT-2 would add them up as if they were words.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+REQUIREMENTS = "requirements.txt"
+# A file without this line is somebody's own, and stays as it is.
+_REQUIREMENTS_TITLE = "# What loading this model takes where imageprompt is not installed; every save writes this file."
+# What a checkpoint needs where imageprompt is not installed, and what besides if it is quantised.
+_REQUIRED = ("torch", "torchvision", "transformers>=5.23,<6", "timm>=1.0.30", "safetensors", "pillow")
+_REQUIRED_BY_QUANTIZER = {"bitsandbytes": ("accelerate", "bitsandbytes>=0.50"), "torchao": ("torchao>=0.18",)}
 
 # Keywords that the library itself writes into config.json or passes on, besides the declared fields.
 _LIBRARY_KEYWORDS = {
@@ -259,11 +268,37 @@ class ImagePromptConfig(PreTrainedConfig):
         """Channels of an input image."""
         return self.vision_config.pretrained_cfg["input_size"][0]
 
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The settings with which the weights are quantised, as plain values; `None` if they are not."""
+        settings = getattr(self, "quantization_config", None)
+        return settings if settings is None or isinstance(settings, dict) else settings.to_dict()
+
+    @property
+    def requirements(self) -> str:
+        """A `requirements.txt` of what loading the model takes where imageprompt is not installed."""
+        quantizer = (self.quantization or {}).get("quant_method")
+        return "\n".join((_REQUIREMENTS_TITLE, *_REQUIRED, *_REQUIRED_BY_QUANTIZER.get(quantizer, ()), ""))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As the library's, with a `requirements.txt` beside it, unless somebody else wrote the one that is there."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        file = Path(save_directory, REQUIREMENTS)
+        if not file.is_file() or _REQUIREMENTS_TITLE.encode() in file.read_bytes():
+            file.write_text(self.requirements, encoding="utf-8")
+
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values, without the classifier labels that a timm configuration drags along."""
+        """The configuration as plain values, of the parts only what concerns a model.
+
+        The classifier labels of a timm configuration do not, nor does where a part was loaded from, which may be a
+        folder of this machine (`base_models` names those on the Hub).
+        """
         output = super().to_dict()
         for key in ("num_classes", "label_names"):
             output["vision_config"].pop(key, None)
+        for part in ("vision_config", "text_config"):
+            for key in ("_name_or_path", "name_or_path"):
+                output[part].pop(key, None)
         return output
 
     @classmethod

@@ -9,7 +9,6 @@ runs on supervised positions only.
 
 import inspect
 import json
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -39,7 +37,6 @@ from .fusion import (
     skip_positions_without_images,
 )
 from .linear import finish_quantization, is_quantized, replace_conv1d
-from .sharing import CardFacts, files_in, upload
 from .vision import FeatureShape, VisionTower, flatten_features, probe_features
 
 logger = logging.get_logger(__name__)
@@ -157,6 +154,15 @@ class ImagePromptPreTrainedModel(PreTrainedModel):
         model.set_trainable(**model.config.trainable)  # the library loads every weight as one that learns
         model._suppress_placeholder()  # a checkpoint of the base model has no generation settings
         return (model, report) if with_report else model
+
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs):
+        """As the library's, and of quantised models also those that were loaded.
+
+        Of a loaded model the library wants to save the form that it read, for which torchao has no way back.
+        """
+        if getattr(self, "hf_quantizer", None) is not None:
+            kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _suppress_placeholder(self) -> None:
         """A placeholder is no word: by default it is not generated."""
@@ -609,32 +615,17 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, ImagePromp
         supervised = targets != IGNORE_INDEX
         return self.lm_head(hidden_states[supervised]), targets[supervised], supervised.nonzero()[:, 0]
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload model",
-        max_shard_size: int | str = "50GB",
-        tags: str | list[str] | None = None,
-        **details,
-    ) -> CommitInfo:
-        """As the library's, with `requirements.txt` and a card that says what is known of the model; see [`upload`].
+    def push_to_hub(self, repo_id: str, **details) -> Any:
+        """As the library's; where imageprompt is installed, with a card that says what is known of the model.
 
         Args:
-            details: `commit_description`, `private`, `token`, `revision` and `create_pr`, as of the library's.
+            details: of [`imageprompt.sharing.push_model`], which are the library's.
         """
-        facts = CardFacts(tags=[*(self.model_tags or []), *CardFacts(tags=tags).tags])
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return upload(
-                folder,
-                files_in(folder),
-                repo_id,
-                config=self.config,
-                facts=facts,
-                commit_message=commit_message,
-                **details,
-            )
+        try:
+            from imageprompt.sharing import push_model
+        except ImportError:  # a model that came with its code: what a push takes besides does not travel with it
+            return super().push_to_hub(repo_id, **details)
+        return push_model(self, repo_id, **details)
 
 
 class _BatchedAttention:

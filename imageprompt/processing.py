@@ -6,13 +6,11 @@ which `labels` are made.
 """
 
 import inspect
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
@@ -21,7 +19,6 @@ from transformers.utils import PROCESSOR_NAME
 from .checkpoints import FORMAT_VERSION, check_format
 from .configuration import IGNORE_INDEX
 from .image_processing import ImagePromptImageProcessor
-from .sharing import files_in, upload
 
 # One line per turn, in plain words: GPT-2 has no control tokens for roles. An answer ends with EOS. It begins with one
 # space, also when it is sent back as it was generated.
@@ -198,15 +195,17 @@ class ImagePromptProcessor(ProcessorMixin):
                 "Load both from the same checkpoint."
             )
 
-    def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload processor", **details) -> CommitInfo:
-        """As the library's, without a card, which is the model's to write; see [`upload`].
+    def push_to_hub(self, repo_id: str, **details) -> Any:
+        """As the library's; where imageprompt is installed, without a card, which is the model's to write.
 
         Args:
-            details: `commit_description`, `private`, `token`, `revision` and `create_pr`, as of the library's.
+            details: of [`imageprompt.sharing.push_processor`], which are the library's.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload(folder, files_in(folder), repo_id, commit_message=commit_message, **details)
+        try:
+            from imageprompt.sharing import push_processor
+        except ImportError:  # a processor that came with its code, as a model
+            return super().push_to_hub(repo_id, **details)
+        return push_processor(self, repo_id, **details)
 
     def _suffix_kwargs(self, suffix: str | list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The tokenizer's keywords for prompts followed by suffixes, which it marks with `token_type_ids`."""

@@ -1,8 +1,9 @@
-"""What every measured file says of its origin."""
+"""What every measured file says of its origin, and which files a checkpoint is made of."""
 
 import hashlib
 import os
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ MODEL_FILES = {
     ],
 }
 
+# Names under which the library saves weights and looks for them; files with others are somebody's own.
+_WEIGHTS = re.compile(r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors")
+
 
 def provenance() -> dict[str, Any]:
     """Versions and machine, to be stored beside a result."""
@@ -48,3 +52,8 @@ def model_digests(folder: Path) -> dict[str, str]:
                     digest.update(block)
         digests[kind] = digest.hexdigest()
     return digests
+
+
+def is_weights(name: str) -> bool:
+    """Whether `from_pretrained` takes a file of this name for (a part of) a model's weights."""
+    return _WEIGHTS.fullmatch(name) is not None

@@ -16,28 +16,34 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    logging,
+)
 
-from .configuration import ImagePromptConfig
-from .generating import generate_texts
-from .modeling import ImagePromptForConditionalGeneration
-from .processing import ImagePromptProcessor
-from .provenance import MODEL_FILES, model_digests
-from .sharing import (
+from .cards import (
     CARD,
-    REQUIREMENTS,
     SAMPLE,
     CardFacts,
     example_prompt,
     example_tokens,
-    files_in,
     model_card,
     read_card,
-    refuse_without_token,
-    requirements,
-    upload,
+    refuse_hidden_sample,
 )
+from .configuration import REQUIREMENTS, ImagePromptConfig
+from .generating import generate_texts
+from .modeling import ImagePromptForConditionalGeneration
+from .processing import ImagePromptProcessor
+from .provenance import MODEL_FILES, model_digests
+from .sharing import files_in, refuse_without_token, upload
 
+logger = logging.get_logger(__name__)
+
+TRAINING = "training.json"
 SAMPLE_SIZE = 512
 
 
@@ -48,7 +54,7 @@ def push_folder(
     *,
     sample: str | Path | None = None,
     token: bool | str | None = None,
-    commit_message: str = "Upload model",
+    commit_message: str | None = None,
     **details: Any,
 ) -> CommitInfo:
     """Upload the model and the processor of a folder, as `save_pretrained`, a Trainer or `imageprompt train` left them.
@@ -56,7 +62,8 @@ def push_folder(
     Args:
         folder: with both of them. Checkpoints, optimizer states, predictions and all else in it stay where they are.
         repo_id: `"name"` or `"owner/name"`.
-        facts: what the card says besides; `training` is read from the folder's `training.json` by default.
+        facts: what the card says besides; `training` is read from the folder's `training.json` by default, if that is
+            of these weights.
         sample: an image for the card, which the model answers for.
         details: `commit_description`, `private`, `revision` and `create_pr`, as of the library's `push_to_hub`.
 
@@ -69,6 +76,7 @@ def push_folder(
     refuse_without_token(token)
     if sample is not None:
         facts = replace(facts, sample=_answered(folder, sample, config, facts))
+    commit_message = commit_message or "Upload model"
     return upload(
         folder, files, repo_id, config=config, facts=facts, token=token, commit_message=commit_message, **details
     )
@@ -89,7 +97,7 @@ def describe_push(
         facts = replace(facts, sample=_answered(folder, sample, config, facts))
     own_card = read_card(Path(folder) / CARD) if CARD in files else None
     sizes = {name: (Path(folder) / name).stat().st_size for name in files if name != CARD}
-    sizes.setdefault(REQUIREMENTS, len(requirements()))
+    sizes.setdefault(REQUIREMENTS, len(config.requirements.encode()))
     if facts.sample is not None:
         sizes[SAMPLE] = len(facts.sample[0])
     lines = [f"{size:>14,}  {name}" for name, size in sizes.items()]
@@ -103,11 +111,13 @@ def _checked(
     folder, facts = Path(folder), facts or CardFacts()
     validate_repo_id(repo_id)
     files = checkpoint_files(folder)
-    if facts.training is None and (folder / "training.json").is_file():
-        facts = replace(facts, training=_read_json(folder / "training.json"))
+    if facts.training is None and (folder / TRAINING).is_file():
+        facts = replace(facts, training=_training_of(folder))
     refuse_foreign_scores(folder, facts)
     if sample is not None:
         _picture(sample)
+        if CARD in files:
+            refuse_hidden_sample(read_card(folder / CARD))
     return files, ImagePromptConfig.from_pretrained(folder), facts
 
 
@@ -182,6 +192,16 @@ def _code(folder: Path, config: ImagePromptConfig) -> set[str]:
             "model and processor again with `save_pretrained`."
         )
     return modules | imported
+
+
+def _training_of(folder: Path) -> dict[str, Any] | None:
+    """What `imageprompt train` wrote in a folder, if the weights beside it are still those of that training."""
+    training = _read_json(folder / TRAINING)
+    of_training = training.get("model") or {}
+    if of_training.get("weights_sha256") == model_digests(folder)["weights_sha256"]:
+        return training
+    logger.warning(f"{folder / TRAINING} is not of the weights in {folder}: the card does not speak of a training.")
+    return None
 
 
 def read_evaluation(file: str | Path) -> dict[str, Any]:

@@ -1,84 +1,62 @@
-"""Models on the Hub: the card that says what is known of a model, and the upload, which is one commit.
+"""The upload of a model or a processor to the Hub: all of it in one commit, of nothing but what was made here.
 
-A card is written from the configuration and from [`CardFacts`]; what is not known is left out, not guessed. A README.md
-that is there keeps its text: only what stands between two marks, which an earlier push wrote, is written anew.
+It is what `push_to_hub` does where imageprompt is installed. Without the package, a model that came with its code has
+the library's own `push_to_hub`, which sends the same files with a plain card.
 """
 
-import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    EvalResult,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-    get_token,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers import __version__ as transformers_version
-from yaml import YAMLError
 
-from .configuration import ImagePromptConfig
-
-CARD = "README.md"
-REQUIREMENTS = "requirements.txt"
-SAMPLE = "sample.jpg"
-# What a checkpoint needs where imageprompt is not installed; a test compares with the package's own requirements.
-REQUIRED = ("torch", "torchvision", "transformers>=5.23,<6", "timm>=1.0.30", "safetensors", "pillow")
-
-BEGIN = "<!-- imageprompt: every push writes this part anew, from here to the closing mark -->"
-END = "<!-- imageprompt: closing mark -->"
-
-# The Hub's task and what to call it, for each task of `imageprompt evaluate`.
-_TASKS = {
-    "caption": ("image-to-text", "Captioning"),
-    "vqa": ("visual-question-answering", "Answering questions"),
-    "classify": ("image-classification", "Recognising, in written words"),
-    "rank": ("image-classification", "Recognising, by the likeliest label"),
-    "retrieval": ("image-text-to-text", "Retrieval, by likelihood"),
-    "perplexity": ("image-text-to-text", "Likelihood of the references"),
-}
-
-# Stands in an example for the question of a row.
-_QUESTION = "What is in the picture?"
+from .cards import CARD, SAMPLE, CardFacts, model_card, read_card
+from .configuration import REQUIREMENTS, ImagePromptConfig
+from .provenance import is_weights
 
 
-@dataclass
-class CardFacts:
-    """What a card may say besides what the configuration says; what is left out is not mentioned.
+def push_model(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    max_shard_size: int | str = "50GB",
+    tags: str | list[str] | None = None,
+    **details: Any,
+) -> CommitInfo:
+    """What `model.push_to_hub` does: weights, code, settings and a card that says what is known of the model.
 
     Args:
-        license: the Hub's identifier, such as `"apache-2.0"`.
-        language: codes of the languages that the model writes, such as `"en"`.
-        datasets: Hub ids of data sets that the model was trained on, besides those in `training`.
-        tags: further tags.
-        prompt: the text that is put before an answer, for the example.
-        evaluations: what `imageprompt evaluate` wrote of this model.
-        training: what `imageprompt train` wrote of it, its `training.json`.
-        sample: a JPEG picture, and what the model said of it for `prompt`.
+        details: `commit_description`, `private`, `token`, `revision` and `create_pr`, as of [`upload`].
     """
+    facts = CardFacts(tags=[*(model.model_tags or []), *CardFacts(tags=tags).tags])
+    commit_message = commit_message or "Upload model"
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        files = files_in(folder)
+        return upload(
+            folder, files, repo_id, config=model.config, facts=facts, commit_message=commit_message, **details
+        )
 
-    license: str | None = None
-    language: list[str] = field(default_factory=list)
-    datasets: list[str] = field(default_factory=list)
-    tags: list[str] = field(default_factory=list)
-    prompt: str | None = None
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    training: dict[str, Any] | None = None
-    sample: tuple[bytes, str] | None = None
 
-    def __post_init__(self):
-        for name in ("language", "datasets", "tags"):
-            value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+def push_processor(
+    processor: ProcessorMixin, repo_id: str, *, commit_message: str | None = None, **details: Any
+) -> CommitInfo:
+    """What `processor.push_to_hub` does; without a card, which is the model's to write.
+
+    Args:
+        details: as of [`push_model`].
+    """
+    commit_message = commit_message or "Upload processor"
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        return upload(folder, files_in(folder), repo_id, commit_message=commit_message, **details)
 
 
 def upload(
@@ -95,63 +73,65 @@ def upload(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Upload files of a folder and `requirements.txt` in one commit; the repository is made if there is none.
+    """Upload files of a folder in one commit; the repository is made if there is none.
 
     Args:
         folder: where the files are.
         files: paths in the folder, and in the repository.
         repo_id: `"name"` or `"owner/name"`.
-        config: of the model, if its weights are among the files; then the commit brings a model card as well, and takes
-            away weights of an earlier push that would be loaded in their place.
+        config: of the model, if its weights are among the files; then the commit brings a model card and
+            `requirements.txt` as well, and takes away weights of an earlier push that would be loaded in their place.
         facts: what the card says besides.
+        private: who may see the repository; one that is there already must be as is wished.
         revision: the branch, made if there is none; `main` by default.
         others: as of the library's `push_to_hub`.
 
     Raises:
-        ValueError: for an impossible name, a missing or refused token, or a README.md that cannot be read.
-        OSError: if the Hub cannot be reached, or breaks off; nothing has changed then.
+        ValueError: for an impossible name, a missing or refused token, a repository that others may see against the
+            wish, a README.md that cannot be read, or one that has no place for the sample.
+        OSError: if the Hub cannot be reached, or breaks off; the message says whether the commit arrived.
     """
-    folder, names = Path(folder), sorted(set(files) - {CARD})
+    folder, names, facts = Path(folder), sorted(set(files) - {CARD}), facts or CardFacts()
     validate_repo_id(repo_id)
     own_card = read_card(folder / CARD) if (folder / CARD).is_file() else None
     refuse_without_token(token)
     api = HfApi(token=token, library_name="transformers", library_version=transformers_version)
     with _saying_what_went_wrong(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision not in (None, "main") and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = set(api.list_repo_files(repo_id, revision=revision))
+        refuse_other_visibility(api, repo_id, private)
+        # What is there: of a branch that is still to be made, what it will begin with.
+        named = revision not in (None, "main") and not revision.startswith("refs/")
+        base = None if named and not api.revision_exists(repo_id, revision) else revision
+        there, head = set(api.list_repo_files(repo_id, revision=base)), api.model_info(repo_id, revision=base).sha
         operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in names]
-        if REQUIREMENTS not in names:
-            operations.append(CommitOperationAdd(REQUIREMENTS, requirements()))
         if config is not None:
-            card, facts = own_card, facts or CardFacts()
+            if REQUIREMENTS not in names:
+                operations.append(CommitOperationAdd(REQUIREMENTS, config.requirements.encode()))
+            card = own_card
             if card is None and CARD in there:
-                card = read_card(api.hf_hub_download(repo_id, CARD, revision=revision))
-            text = str(model_card(config, repo_id, facts, card))
-            operations.append(CommitOperationAdd(CARD, text.encode()))
+                where = f"{api.endpoint}/{repo_id}/blob/{base or 'main'}/{CARD}"
+                card = read_card(api.hf_hub_download(repo_id, CARD, revision=base), where)
+            operations.append(CommitOperationAdd(CARD, str(model_card(config, repo_id, facts, card)).encode()))
             if facts.sample is not None:
                 operations.append(CommitOperationAdd(SAMPLE, facts.sample[0]))
-            stale = sorted(name for name in there - set(names) if _is_weights(name))
+            stale = sorted(name for name in there - set(names) if is_weights(name))
             operations += [CommitOperationDelete(name) for name in stale]
-        return api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        if named and base is None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with _saying_whether_it_arrived(api, repo_id, revision, head, create_pr):
+            return api.create_commit(
+                repo_id,
+                operations,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
 
 def files_in(folder: str | Path) -> list[str]:
     """Every file of a folder and of those in it, as paths from there."""
     return [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
-
-
-def requirements() -> bytes:
-    """The content of `requirements.txt`."""
-    return "".join(f"{line}\n" for line in REQUIRED).encode()
 
 
 def refuse_without_token(token: bool | str | None) -> None:
@@ -160,9 +140,15 @@ def refuse_without_token(token: bool | str | None) -> None:
         raise ValueError("You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN to a token.")
 
 
-def _is_weights(name: str) -> bool:
-    """Whether `from_pretrained` might take a file of the repository for (a part of) the model's weights."""
-    return "/" not in name and name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
+def refuse_other_visibility(api: HfApi, repo_id: str, private: bool | None) -> None:
+    """The Hub heeds `private` only where it makes a repository; an old one may be open to everybody."""
+    if private is None or (is_private := bool(api.model_info(repo_id).private)) == private:
+        return
+    is_, wish = ("private", "public") if is_private else ("public", "private")
+    raise ValueError(
+        f"{repo_id} is there already and {is_}, not {wish} as you wish; nothing was sent. Change it at "
+        f"{api.endpoint}/{repo_id}/settings, push to another name, or leave out `private`."
+    )
 
 
 @contextmanager
@@ -181,254 +167,35 @@ def _saying_what_went_wrong(repo_id: str) -> Iterator[None]:
                 "or use a token that may write there."
             ) from error
         raise
-    except (HTTPError, RuntimeError) as error:  # the library raises a RuntimeError where an upload breaks off
-        raise ConnectionError(
-            f"{error} {error.__cause__ or ''} The push to {repo_id} broke off and changed nothing there; what was "
-            "uploaded is kept for some time: push again to go on."
-        ) from error
+    except HTTPError as error:
+        raise ConnectionError(f"The Hub cannot be reached: {error} Nothing was sent to {repo_id}.") from error
 
 
-# --- the card
-
-
-def read_card(path: str | Path) -> ModelCard:
-    """A card that is there.
-
-    Raises:
-        ValueError: if its metadata cannot be read.
-    """
-    try:
-        return ModelCard.load(Path(path))
-    except (YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"The metadata of {path} cannot be read: {error} Mend the file, or take it away.") from error
-
-
-def model_card(
-    config: ImagePromptConfig, repo_id: str, facts: CardFacts, existing: ModelCard | None = None
-) -> ModelCard:
-    """The card of a model.
+@contextmanager
+def _saying_whether_it_arrived(
+    api: HfApi, repo_id: str, revision: str | None, head: str | None, is_request: bool
+) -> Iterator[None]:
+    """A connection may break before the Hub has the commit, and after: only the Hub knows.
 
     Args:
-        config: the model's.
-        repo_id: where it is to be loaded from.
-        facts: what is known besides.
-        existing: a card that is there already: its text stays but for the part between the marks, and its scores do
-            unless an earlier push wrote them; what is known replaces what its metadata says of it, tags come on top.
+        head: the newest commit before.
+        is_request: whether it is a pull request, which leaves the branch as it is.
     """
-    metadata = _metadata(config, repo_id, facts)
-    text = f"{BEGIN}\n\n{_text(config, repo_id, facts)}\n\n{END}\n"
-    if existing is None:
-        return ModelCard.from_template(metadata, template_str="---\n{{ card_data }}\n---\n\n{{ text }}\n", text=text)
-    kept = existing.data
-    before, begin, rest = existing.text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        existing.text = before + text.strip() + after
-        kept["eval_results"] = kept["metrics"] = None  # they are of the weights of that push
-    new = metadata.eval_results or []
-    old = [
-        result for result in kept.get("eval_results", []) if not any(result.is_equal_except_value(one) for one in new)
-    ]
-    metadata.eval_results = old + new or None
-    metadata.model_name = kept.get("model_name", metadata.model_name)
-    metadata.metrics = _joined(kept.get("metrics"), metadata.metrics) or None
-    metadata.tags = _joined(kept.get("tags"), metadata.tags)
-    for name, value in vars(metadata).items():
-        if value is not None:
-            kept[name] = value
-    return existing
-
-
-def _joined(*lists: str | list[str] | None) -> list[str]:
-    """Each text once; metadata may hold one text in place of a list."""
-    return list(dict.fromkeys(text for each in lists for text in ([each] if isinstance(each, str) else each or [])))
-
-
-def _metadata(config: ImagePromptConfig, repo_id: str, facts: CardFacts) -> ModelCardData:
-    base_models = list(dict.fromkeys((config.base_models or {}).values()))  # once, where one model gave both parts
-    trained_on = [source["dataset"] for source in _sources(facts) if source["on_hub"]]
-    results = [result for evaluation in facts.evaluations for result in _eval_results(evaluation)]
-    return ModelCardData(
-        # The task under which the library's pipelines run these models: a prompt may stand beside the image.
-        pipeline_tag="image-text-to-text",
-        library_name="transformers",
-        license=facts.license,
-        language=facts.language or None,
-        base_model=base_models or None,
-        # The Hub would take a model with two of them for a merge.
-        base_model_relation="finetune" if base_models else None,
-        datasets=_joined(trained_on, facts.datasets) or None,
-        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        tags=["imageprompt", "custom_code", *facts.tags],
-        eval_results=results or None,
-        model_name=repo_id.rpartition("/")[2] if results else None,
-    )
-
-
-def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
-    """The scores of one evaluation in the Hub's form."""
-    task_type, task_name = _TASKS[evaluation["task"]]
-    settings = evaluation["settings"]
-    name, on_hub = _data_name(settings["dataset"], evaluation.get("dataset_on_hub", False))
-    return [
-        EvalResult(
-            task_type=task_type,
-            task_name=task_name,
-            dataset_type=name if on_hub else "local",
-            dataset_name=name,
-            dataset_config=settings["subset"],
-            dataset_split=settings["split"],
-            metric_type=_metric_type(score),
-            metric_name=score,
-            metric_value=value,
-            metric_args=evaluation["decoding"],
-        )
-        for score, value in evaluation["scores"].items()
-        if value is not None
-    ]
-
-
-def _metric_type(score: str) -> str:
-    """The name under which the Hub knows a score of `imageprompt evaluate`, such as "bleu" for BLEU-4."""
-    name = score.lower().removeprefix("macro_")
-    return next((known for known in ("bleu", "rouge") if name.startswith(known)), name)
-
-
-def _data_name(dataset: str, on_hub: bool) -> tuple[str, bool]:
-    """What to call a data set; where a local one lies is nobody's business."""
-    return dataset if on_hub else Path(dataset).name, on_hub
-
-
-def _sources(facts: CardFacts) -> list[dict[str, Any]]:
-    return (facts.training or {}).get("data") or []
-
-
-def _text(config: ImagePromptConfig, repo_id: str, facts: CardFacts) -> str:
-    parts = [f"# {repo_id.rpartition('/')[2]}", _introduction(config)]
-    if facts.sample is not None:
-        prompt = example_prompt(facts)
-        asked = f" after the prompt `{prompt}`" if prompt else ""
-        answer = f"What the model says{asked}:\n\n```text\n{facts.sample[1]}\n```"
-        parts += [f"![An image that the model was shown]({SAMPLE})", answer]
-    parts += ["## How to use", _usage(config, repo_id, facts)]
-    parts += ["## Tokens and pixels", _tokens(config), _pixels(config)]
-    if facts.training is not None:
-        parts += ["## Training", _training(facts.training)]
-    if facts.evaluations:
-        parts += ["## Scores", *map(_scores, facts.evaluations)]
-    return "\n\n".join(parts)
-
-
-def _introduction(config: ImagePromptConfig) -> str:
-    text, base = config.text_config, config.base_models or {}
-    vision_from, text_from = (f" (from `{base[part]}`)" if part in base else "" for part in ("vision", "text"))
-    size = f", {text.num_hidden_layers} layers of width {text.hidden_size}"
-    reads = "as a part of the text" if config.fusion == "prefix" else "beside the text, through cross-attention"
-    return (
-        f"An image prompt: the features of timm's `{config.vision_config.architecture}`{vision_from} are projected "
-        f"into a language model, {text.model_type}{size}{text_from}, which reads them {reads}. Made with imageprompt."
-    )
-
-
-def example_prompt(facts: CardFacts) -> str | None:
-    """The text before an answer: as given, or else that of an evaluation or of the training, as far as it is known."""
-    if facts.prompt is not None:
-        return facts.prompt
-    for settings in (*(evaluation["settings"] for evaluation in facts.evaluations), *_sources(facts)):
-        if settings["text_column"] is None:
-            return settings["prompt"]
-        return settings["prompt"].replace("{text}", _QUESTION) or _QUESTION
-    return None
-
-
-def example_tokens(config: ImagePromptConfig) -> int:
-    """How many new tokens an example asks for: not more than there are positions for, beside an image and a prompt."""
-    positions = getattr(config, "max_position_embeddings", None) or 1024
-    return max(1, min(30, (positions - config.image_seq_length) // 2))
-
-
-def _usage(config: ImagePromptConfig, repo_id: str, facts: CardFacts) -> str:
-    prompt = example_prompt(facts)
-    text = f", text={json.dumps(prompt, ensure_ascii=False)}" if prompt else ""
-    return f"""\
-```python
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{repo_id}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
-
-inputs = processor(images=Image.open("photo.jpg"){text}, return_tensors="pt")
-ids = model.generate(**inputs, max_new_tokens={example_tokens(config)})[:, inputs["input_ids"].shape[1] :]
-print(processor.batch_decode(ids, skip_special_tokens=True)[0])
-```
-
-`{REQUIREMENTS}` names the packages that this needs. `trust_remote_code` runs the Python files of this repository: read
-them, and pin what you have read with `revision`. Where imageprompt is installed and imported, it is not needed."""
-
-
-def _tokens(config: ImagePromptConfig) -> str:
-    varies = "; images may have any size that the backbone takes" if config.dynamic_image_size else ""
-    lines = [
-        f"- connector: `{config.connector}`{_arguments(config.connector_args)}",
-        f"- fusion: `{config.fusion}`",
-        f"- tokens per image: {config.num_image_tokens}{varies}",
-    ]
-    if (positions := getattr(config, "max_position_embeddings", None)) is not None:
-        takes = f"{config.image_seq_length} of them" if config.image_seq_length > 1 else "one of them"
-        lines.append(f"- positions of the language model: {positions}; an image takes {takes}")
-    return "\n".join(lines)
-
-
-def _arguments(arguments: dict[str, Any] | None) -> str:
-    return f" ({', '.join(f'{name} {value}' for name, value in arguments.items())})" if arguments else ""
-
-
-def _pixels(config: ImagePromptConfig) -> str:
-    cfg = config.vision_config.pretrained_cfg
-    height, width = config.image_size
-    rows = {
-        "height and width": f"{height} x {width} pixels",
-        "channels": config.num_channels,
-        "resized with": cfg["interpolation"],
-        "share that is kept": f"{cfg['crop_pct']}, {cfg['crop_mode']}",
-        "mean": ", ".join(map(str, cfg["mean"])),
-        "standard deviation": ", ".join(map(str, cfg["std"])),
-    }
-    lines = "\n".join(f"- {name}: {value}" for name, value in rows.items())
-    return f"The processor that is saved here prepares images like this:\n\n{lines}"
-
-
-def _training(training: dict[str, Any]) -> str:
-    lines = []
-    for source in training.get("data") or []:
-        name, on_hub = _data_name(source["dataset"], source["on_hub"])
-        prompt = f", prompt `{source['prompt']}`" if source["prompt"] else ""
-        lines.append(f"- data: `{name}`{'' if on_hub else ' (a local one)'}, split `{source['train_split']}`{prompt}")
-    if training.get("rows") is not None:
-        lines.append(f"- rows: {training['rows']:,}")
-    if training.get("lora"):
-        lines.append("- what learnt: LoRA adapters, merged into the weights")
-    elif training.get("learns"):
-        learnt = [part for part, learns in training["learns"].items() if learns]
-        lines.append(f"- what learnt: {', '.join(learnt)}")
-    options = dict(training.get("options") or {})
-    options.pop("num_train_epochs" if options.get("max_steps", -1) > 0 else "max_steps", None)  # the other one counts
-    lines += [f"- {name}: {value}" for name, value in options.items() if value is not None]
-    metrics, versions = training.get("metrics") or {}, training.get("versions") or {}
-    lines += [f"- {name}: {metrics[name]:.4g}" for name in ("epoch", "train_loss") if name in metrics]
-    if versions:
-        lines.append(f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}")
-    return "\n".join(lines)
-
-
-def _scores(evaluation: dict[str, Any]) -> str:
-    settings = evaluation["settings"]
-    name, on_hub = _data_name(settings["dataset"], evaluation.get("dataset_on_hub", False))
-    decoding = ", ".join(f"{key} {value}" for key, value in evaluation["decoding"].items())
-    prompt = f", prompt `{settings['prompt']}`" if settings["prompt"] else ""
-    rows = "\n".join(f"| {key} | {value:.4g} |" for key, value in evaluation["scores"].items() if value is not None)
-    return (
-        f"{_TASKS[evaluation['task']][1]}: {evaluation['rows']:,} rows of `{name}`{'' if on_hub else ' (a local one)'},"
-        f" split `{settings['split']}`{prompt}; {decoding}.\n\n| score | |\n| --- | --- |\n{rows}"
-    )
+    try:
+        yield
+    except (HTTPError, RuntimeError) as error:  # the library raises a RuntimeError where an upload breaks off
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise
+        place = f"{repo_id}{f' ({revision})' if revision else ''}"
+        try:
+            now = None if is_request else api.model_info(repo_id, revision=revision).sha
+        except HTTPError:
+            now = None
+        if now is None:
+            page = "discussions" if is_request else f"commits/{revision or 'main'}"
+            said = f"may have arrived all the same: look at {api.endpoint}/{repo_id}/{page} before you push again."
+        elif now == head:
+            said = "changed nothing there; what was uploaded is kept for some time: push again to go on."
+        else:
+            said = f"arrived all the same, as {api.endpoint}/{repo_id}/commit/{now}, if nobody else pushes there."
+        raise ConnectionError(f"{error} {error.__cause__ or ''} The push to {place} broke off. It {said}") from error

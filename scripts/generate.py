@@ -1,8 +1,10 @@
 """Answer for images with a saved model: `python scripts/generate.py MODEL IMAGE … --prompt "A photo of"`."""
 
+from functools import partial
+
 import typer
 
-from imageprompt.cli import generate
+from imageprompt.cli import generate, main
 
 if __name__ == "__main__":
-    typer.run(generate)
+    main(partial(typer.run, generate))

@@ -1,8 +1,10 @@
 """Share a saved model: `python scripts/push_to_hub.py runs/captioner you/captioner`."""
 
+from functools import partial
+
 import typer
 
-from imageprompt.cli import push
+from imageprompt.cli import main, push
 
 if __name__ == "__main__":
-    typer.run(push)
+    main(partial(typer.run, push))

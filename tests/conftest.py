@@ -50,7 +50,6 @@ CODE = {
         "modeling",
         "prefix",
         "processing",
-        "sharing",
         "vision",
     )
 }

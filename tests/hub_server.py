@@ -2,9 +2,10 @@
 
 `HubServer` keeps repositories (commits, branches, pull requests), large files and tokens in memory, and answers
 huggingface_hub's client. Large files go over LFS, in parts above `PART` bytes. `faults` lets a request fail: (method,
-part of its path) to what is to happen with the next ones: "drop" (the connection closes in the middle), "wait" (it
-hangs, and `waiting` is set), "pass" or a status. `requests` holds what was asked: (method, path), and `uploaded` the
-digests of the large files that came in.
+part of its path) to what is to happen with the next ones: "drop" (the connection closes in the middle), "after" (it is
+done, and the connection closes before the answer), "late" (it is done, and a gateway has answered 504 before), "wait"
+(it hangs, and `waiting` is set), "pass" or a status. `requests` holds what was asked: (method, path), and `uploaded`
+the digests of the large files that came in.
 """
 
 import base64
@@ -112,6 +113,7 @@ class Handler(BaseHTTPRequestHandler):
         self.segments = [unquote(part) for part in url.path.strip("/").split("/")]
         self.query = parse_qs(url.query)
         self.hub.requests.append((self.command, unquote(url.path)))
+        self.loses_answer: str | None = None
         if self.fails(url.path):
             return
         length = int(self.headers.get("Content-Length") or 0)
@@ -139,8 +141,12 @@ class Handler(BaseHTTPRequestHandler):
                 outcome = outcomes.pop(0)
                 if outcome == "pass":
                     return False
+                if outcome in ("after", "late"):
+                    self.loses_answer = outcome
+                    return False
                 if outcome == "drop":
-                    self.rfile.read(1)  # something came
+                    if self.command in ("POST", "PUT"):
+                        self.rfile.read(1)  # something came
                     self.close_connection = True
                     self.connection.close()
                 elif outcome == "wait":  # for a client that is stopped in the middle
@@ -155,6 +161,12 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def answer(self, content, status: int = 200, headers: dict | None = None):
+        if self.loses_answer == "after":
+            self.close_connection = True
+            self.connection.close()
+            return
+        if self.loses_answer == "late":
+            content, status, headers = b"Gateway Time-out", 504, None
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():

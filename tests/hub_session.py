@@ -3,7 +3,8 @@
     python hub_session.py NAME OLDER_COMMIT RESULT
 
 Expects HF_ENDPOINT, and no token in the environment. Logits of the newest and of an older commit, and what the code of
-the card printed, go to RESULT; a session without a token, and one with a wrong one, must be refused.
+the card printed, go to RESULT; a session without a token, and one with a wrong one, must be refused. What was loaded is
+pushed again, as NAME-again.
 """
 
 import contextlib
@@ -40,6 +41,9 @@ def main(name, older, result):
         with torch.no_grad():
             inputs = processor(images=image, text="A photo of", return_tensors="pt")
             logits[key] = model(**inputs).logits.flatten().tolist()
+
+    model.push_to_hub(f"{name}-again", commit_message="Again")
+    processor.push_to_hub(f"{name}-again")
 
     with open(hf_hub_download(name, "README.md"), encoding="utf-8") as card:
         (code,) = re.findall(r"^```python\n(.*?)^```", card.read(), re.MULTILINE | re.DOTALL)

@@ -10,9 +10,10 @@ import timm
 import torch
 from conftest import max_difference, picture, tiny, tiny_gpt2
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
 
 from imageprompt import compose
+from imageprompt.composing import load_tokenizer
 
 STATISTICS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 
@@ -274,6 +275,17 @@ def test_what_must_be_downloaded_is_refused_offline(
 def test_a_configuration_brings_no_tokenizer():
     with pytest.raises(ValueError, match="pass `tokenizer=`"):
         compose("resnet10t", GPT2Config(), pretrained=False)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(timm_folder, tmp_path):
+    GPT2LMHeadModel(tiny_gpt2()).save_pretrained(tmp_path)  # of which the library makes a tokenizer without words
+    assert AutoTokenizer.from_pretrained(tmp_path)("A photo").input_ids == []
+    with pytest.raises(ValueError, match=f"There is no tokenizer in {tmp_path}: put its files there"):
+        compose(timm_folder, tmp_path)
+    with pytest.raises(ValueError, match=f"There is no tokenizer in {tmp_path}"):
+        compose(timm_folder, tiny_gpt2(), tokenizer=tmp_path)
+    with pytest.raises(ValueError, match=f"There is no tokenizer in {tmp_path}"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_without_end_is_refused(tokenizer):

@@ -15,6 +15,8 @@ from test_readme import cached_repository
 from transformers import GPT2LMHeadModel, GPTJConfig, LlamaConfig
 
 from imageprompt import ImagePromptConfig, ImagePromptForConditionalGeneration, ImagePromptProcessor
+from imageprompt.compression import compress
+from imageprompt.compression.quantizing import KINDS
 from imageprompt.diagnosis import Plan, checks, diagnose
 from imageprompt.diagnosis.memory import (
     LiveBytes,
@@ -24,6 +26,7 @@ from imageprompt.diagnosis.memory import (
     estimate_memory,
     on_fake_tensors,
 )
+from imageprompt.diagnosis.report import Part
 
 SMALL = {"preprocessing": {"input_size": (3, 64, 64)}, "num_image_tokens": 4}
 
@@ -336,6 +339,31 @@ def test_low_precision_needs_less(sound):
     plain, autocast, pure = expected("float32"), expected("autocast"), expected("bfloat16")
     assert pure.optimizer * 2 == plain.optimizer and pure.kv_cache * 2 == plain.kv_cache
     assert autocast.weights == plain.weights and autocast.activations < plain.activations
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_weights_are_counted_as_they_are_held(tokenizer, tmp_path, kind):
+    pytest.importorskip(KINDS[kind])
+    model, processor = tiny(tokenizer, text_config=tiny_gpt2(n_embd=64))
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "whole")
+    compress(str(tmp_path / "whole"), tmp_path / "small", quantize=kind)
+    loaded = ImagePromptForConditionalGeneration.from_pretrained(tmp_path / "small")
+    tensors, _ = loaded.hf_quantizer.get_state_dict_and_metadata(loaded)  # plain ones, with scales
+    tensors = tensors or loaded.state_dict()
+    held = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
+
+    whole, small = diagnose(tmp_path / "whole"), diagnose(tmp_path / "small")
+    assert small.memory.weights == held
+    saved = whole.memory.weights - small.memory.weights
+    assert saved > 0 and whole.memory.generation - small.memory.generation == saved
+    assert small.parts == {name: Part(part.parameters, 0) for name, part in whole.parts.items()}
+    assert (small.memory.gradients, small.memory.optimizer) == (0, 0)
+    assert not small.ok and "Quantised weights do not learn" in message(small, "learning")
+    assert [check.name for check in small.checks if check.status == "error"] == ["learning"]
+    config_alone = diagnose(tmp_path / "small" / "config.json")
+    assert config_alone.memory.weights == whole.memory.weights
+    assert "files are not here: they are counted as not quantised" in message(config_alone, "memory")
 
 
 def test_a_billion_parameters_need_none_of_their_memory():

@@ -1,9 +1,11 @@
 """Sharing: what is pushed, what the card says, and that it loads by its name, all against a Hub on this machine."""
 
 import json
+import logging
 import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -25,10 +27,11 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from imageprompt import ImagePromptCollator, ImagePromptForConditionalGeneration, ImagePromptProcessor, compose
+from imageprompt.cards import BEGIN, END, CardFacts
 from imageprompt.cli import app
+from imageprompt.compression import compress
 from imageprompt.evaluation.evaluate import main as evaluate
 from imageprompt.pushing import push_folder, read_evaluation
-from imageprompt.sharing import BEGIN, END, REQUIRED, CardFacts
 from imageprompt.training.arguments import ImagePromptTrainingArguments
 from imageprompt.training.train import main as train
 from imageprompt.training.trainer import ImagePromptTrainer
@@ -154,14 +157,72 @@ def test_pain_12_a_pushed_model_loads_by_its_name_where_imageprompt_is_not_insta
     ids = model.generate(**inputs, max_new_tokens=30)[:, inputs["input_ids"].shape[1] :]
     assert result["printed"] == processor.batch_decode(ids, skip_special_tokens=True)[0] + "\n"
 
+    # That process pushed the model on, with the library's `push_to_hub`.
+    again = f"{NAME}-again"
+    assert hub.history(again) == ["initial commit", "Again", "Upload processor"]
+    assert hub.files(again).keys() == MODEL_FILES
+    loaded = ImagePromptForConditionalGeneration.from_pretrained(again)
+    assert max_difference(logits_of(loaded, ImagePromptProcessor.from_pretrained(again)), newest) <= 1e-6
+
+
+def required_by_package(extra: str | None = None) -> set[str]:
+    """What the package needs to be installed, or one of its extras."""
+    setup = ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    lines = setup["options"]["install_requires"] if extra is None else setup["options.extras_require"][extra]
+    return set(lines.split())
+
+
+def required_by(content: bytes) -> set[str]:
+    return {line for line in content.decode().splitlines() if not line.startswith("#")}
+
+
+LOADING = required_by_package() - {"accelerate", "typer"}  # which loading does not take
+
 
 def test_the_requirements_are_those_of_the_package(hub, trained):
     push_folder(trained / "runs" / "captioner", NAME)
-    setup = ConfigParser()
-    setup.read(Path(__file__).parents[1] / "setup.cfg")
-    package = set(setup["options"]["install_requires"].split())
-    assert set(REQUIRED) == package - {"accelerate", "typer"}  # which loading does not take
-    assert hub.files(NAME)["requirements.txt"].decode().split() == list(REQUIRED)
+    assert required_by(hub.files(NAME)["requirements.txt"]) == LOADING
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "library", "said"),
+    [
+        ("int8", ["connector", "text"], {"torchao>=0.18"}, "connector, text are quantised: torchao, `Int8WeightOnly"),
+        ("int4", ["text"], {"bitsandbytes>=0.50", "accelerate"}, "text are quantised: bitsandbytes, 4 bits (nf4)"),
+    ],
+    ids=["int8", "int4"],
+)
+def test_a_quantised_model_says_so_and_what_it_needs(hub, tokenizer, tmp_path, kind, parts, library, said):
+    for name in library:
+        pytest.importorskip(re.split(">=", name)[0])
+    model, processor = tiny(tokenizer, text_config=tiny_gpt2(n_embd=64), model_args=SMALL)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "whole")
+    compress(str(tmp_path / "whole"), tmp_path / "small", quantize=kind, parts=parts)
+    assert library <= required_by_package("compress") | required_by_package()
+    push_folder(tmp_path / "small", NAME)
+    loaded = ImagePromptForConditionalGeneration.from_pretrained(NAME)
+    loaded.push_to_hub(f"{NAME}-again")
+    processor.push_to_hub(f"{NAME}-again")  # which knows nothing of the weights
+    for repo_id in (NAME, f"{NAME}-again"):
+        assert required_by(hub.files(repo_id)["requirements.txt"]) == LOADING | library
+        assert f"The weights of the linear layers of {said}" in card_of(repo_id).text
+    again = ImagePromptForConditionalGeneration.from_pretrained(f"{NAME}-again")
+    assert torch.equal(logits_of(again, processor), logits_of(loaded, processor))
+
+
+def test_requirements_of_ones_own_stay(tokenizer, tmp_path):
+    model, _ = tiny(tokenizer, model_args=SMALL)
+    (tmp_path / "requirements.txt").write_text("mine\n")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "requirements.txt").read_text() == "mine\n"
+    (tmp_path / "requirements.txt").unlink()
+    model.save_pretrained(tmp_path)
+    written = (tmp_path / "requirements.txt").read_text()
+    (tmp_path / "requirements.txt").write_text(written.replace("timm", "an-older-timm"))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "requirements.txt").read_text() == written and required_by(written.encode()) == LOADING
 
 
 # --- what goes up
@@ -202,6 +263,43 @@ def test_weights_of_an_earlier_push_do_not_stay_in_their_place(hub, run):
     assert {file for file in hub.files(NAME) if "safetensors" in file} == {"model.safetensors"}
     loaded = ImagePromptForConditionalGeneration.from_pretrained(NAME)
     assert max_difference(logits_of(loaded, processor), logits_of(model, processor)) <= 1e-6
+
+
+def test_weights_under_other_names_stay(hub, run):
+    others = {"model.fp16.safetensors", "model_ema.safetensors", "modelcard-figure.safetensors", "my/model.safetensors"}
+    hub.add(NAME, dict.fromkeys({*others, "model-00001-of-00002.safetensors"}, b"weights"))
+    push_folder(run, NAME)
+    assert hub.files(NAME).keys() == MODEL_FILES - {".gitattributes"} | others
+    ImagePromptForConditionalGeneration.from_pretrained(run).push_to_hub(NAME, max_shard_size="40KB")
+    assert others <= hub.files(NAME).keys() and "model.safetensors" not in hub.files(NAME)
+
+
+def test_a_push_without_a_message_has_one(hub, run, tokenizer):
+    model, processor = tiny(tokenizer, model_args=SMALL)
+    model.push_to_hub(NAME, commit_message=None)
+    processor.push_to_hub(NAME, commit_message=None)
+    push_folder(run, NAME, commit_message=None)
+    assert hub.history(NAME) == ["initial commit", "Upload model", "Upload processor", "Upload model"]
+
+
+@pytest.mark.parametrize(("there", "wish"), [(False, True), (True, False)], ids=["public", "private"])
+def test_a_repository_that_others_may_see_against_the_wish_is_refused(hub, run, tokenizer, there, wish):
+    hub.add(NAME, {"notes.txt": b"mine"}, private=there)
+    model, processor = tiny(tokenizer, model_args=SMALL)
+    kinds = ("public", "private")
+    said = f"{NAME} is there already and {kinds[there]}, not {kinds[wish]} as you wish; nothing was sent. Change it at"
+    for push in (model.push_to_hub, processor.push_to_hub, lambda *args, **kwargs: push_folder(run, *args, **kwargs)):
+        with pytest.raises(ValueError, match=f"{said} {hub.url}/{NAME}/settings"):
+            push(NAME, private=wish, revision="beams")
+    args = ImagePromptTrainingArguments(
+        str(run / "more"), push_to_hub=True, hub_model_id=NAME, hub_private_repo=wish, use_cpu=True
+    )
+    with pytest.raises(ValueError, match=said):
+        ImagePromptTrainer(model, args, train_dataset=rows(), processing_class=processor)
+    assert hub.files(NAME) == {"notes.txt": b"mine"} and hub.repos[NAME].refs.keys() == {"main"}
+    push_folder(run, NAME)  # as it is
+    push_folder(run, NAME, private=there)
+    assert hub.repos[NAME].private is there
 
 
 def test_several_chat_templates_travel(hub, run):
@@ -251,7 +349,7 @@ def test_a_push_that_breaks_off_changes_nothing_and_goes_on(hub, run, request_):
     assert len(shards) >= 3
     # The first file comes through, and then nothing does.
     hub.faults[request_] = ["pass"] * (request_[0] == "PUT") + ["drop"] * 100
-    with pytest.raises(ConnectionError, match=f"The push to {NAME} broke off and changed nothing there"):
+    with pytest.raises(ConnectionError, match=f"The push to {NAME} broke off. It changed nothing there"):
         push_folder(run, NAME)
     del hub.faults[request_]
     assert hub.files(NAME) == before
@@ -261,6 +359,36 @@ def test_a_push_that_breaks_off_changes_nothing_and_goes_on(hub, run, request_):
     assert len(new) == len(set(new)) == len(shards)  # each was sent once, in the first or in the second push
     for shard in shards:
         assert hub.files(NAME)[shard] == (run / shard).read_bytes()
+
+
+@pytest.mark.parametrize("answer", ["after", "late"])
+@pytest.mark.parametrize("revision", [None, "beams"])
+def test_a_push_whose_answer_is_lost_is_said_to_have_arrived(hub, run, answer, revision):
+    hub.add(NAME, {})
+    hub.faults[("POST", "/commit/")] = [answer]
+    with pytest.raises(ConnectionError) as caught:
+        push_folder(run, NAME, revision=revision)
+    newest = hub.repos[NAME].refs[revision or "main"]
+    assert hub.repos[NAME].commits[newest][0] == "Upload model"
+    assert f"broke off. It arrived all the same, as {hub.url}/{NAME}/commit/{newest}" in str(caught.value)
+
+
+def test_where_nobody_can_say_whether_a_push_arrived_that_is_said(hub, run):
+    hub.add(NAME, {})
+    hub.faults[("POST", "/commit/")] = ["after"]
+    with pytest.raises(ConnectionError, match=f"may have arrived all the same: look at {hub.url}/{NAME}/discussions"):
+        push_folder(run, NAME, create_pr=True)
+    hub.faults[("POST", "/commit/")] = ["drop"]
+    hub.faults[("GET", f"/api/models/{NAME}/revision/")] = ["pass"] + ["drop"] * 100
+    with pytest.raises(ConnectionError, match=f"may have arrived all the same: look at {hub.url}/{NAME}/commits/main"):
+        push_folder(run, NAME, revision="main")
+
+
+def test_a_hub_that_is_not_there_was_sent_nothing(hub, run):
+    hub.faults[("POST", "/api/repos/create")] = ["drop"]
+    with pytest.raises(ConnectionError, match=f"The Hub cannot be reached: .* Nothing was sent to {NAME}"):
+        push_folder(run, NAME)
+    assert NAME not in hub.repos
 
 
 def test_a_killed_push_changes_nothing(hub, run):
@@ -403,6 +531,42 @@ def test_a_card_of_ones_own_in_the_folder_keeps_its_text(hub, run):
     assert card_of(NAME).data.license == "apache-2.0"  # this was said later
 
 
+@pytest.mark.parametrize("blank", ["", "\n", "\n \n\n"])
+def test_a_card_of_metadata_alone_gets_a_text(hub, run, trained, blank):
+    hub.add(NAME, {"README.md": f"---\nlicense: mit\n---{blank}".encode()})  # as made on the Hub's page
+    for _ in range(2):
+        push_folder(run, NAME, sample=trained / "photos" / "00.png")
+        card = card_of(NAME)
+        assert card.data.license == "mit" and card.data.library_name == "transformers"
+        assert card.text.strip().startswith(f"{BEGIN}\n\n# model\n") and card.text.strip().endswith(END)
+        assert card.text.count("](sample.jpg)") == 1 and "sample.jpg" in hub.files(NAME)
+
+
+def test_a_sample_that_would_not_be_shown_is_refused(hub, run, trained):
+    sample = trained / "photos" / "00.png"
+    hub.add(NAME, {"README.md": b"# My model\n"})
+    with pytest.raises(ValueError, match=r"README.md has a text of its own, .* no place for the sample: put the lines"):
+        push_folder(run, NAME, sample=sample)
+    assert hub.files(NAME).keys() == {"README.md"}
+    (run / "README.md").write_text(MINE)
+    asked = len(hub.requests)
+    with pytest.raises(ValueError, match=r"README.md has a text of its own"):
+        push_folder(run, "ada/other", sample=sample)
+    assert len(hub.requests) == asked
+    (run / "README.md").write_text(f"{MINE}\n{BEGIN}\n{END}\n\nBelow.\n")
+    push_folder(run, NAME, sample=sample)
+    text = card_of(NAME).text
+    assert text.startswith("# My model\n\nI made it.\n\n") and text.endswith("Below.\n") and "](sample.jpg)" in text
+
+
+def test_a_card_in_the_repository_that_cannot_be_read_is_named_where_it_is(hub, run):
+    hub.add(NAME, {"README.md": b"---\nlicense: [mit\n---\n# Mine\n"})
+    for revision in (None, "beams"):
+        with pytest.raises(ValueError, match=f"metadata of {hub.url}/{NAME}/blob/main/README.md cannot be read"):
+            push_folder(run, NAME, revision=revision)
+    assert hub.repos[NAME].refs.keys() == {"main"} and hub.history(NAME) == ["initial commit"]
+
+
 def test_a_card_in_the_repository_is_kept_up_to_date(hub, run, tokenizer):
     push_folder(run, NAME, CardFacts(license="mit", evaluations=[read_evaluation(run / "scores.json")]))
     first = hub.files(NAME)["README.md"].decode()
@@ -437,6 +601,19 @@ def test_scores_of_another_model_are_refused(hub, run):
     assert len(hub.requests) == asked
 
 
+def test_the_record_of_another_training_is_left_out(hub, run, tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    push_folder(run, NAME)
+    assert "## Training" in card_of(NAME).text and not caplog.messages
+    weights = load_file(run / "model.safetensors")
+    save_file({key: value + 1 for key, value in weights.items()}, run / "model.safetensors", {"format": "pt"})
+    push_folder(run, NAME)
+    assert "## Training" not in card_of(NAME).text
+    assert [f"{run / 'training.json'} is not of the weights in {run}" in message for message in caplog.messages] == [
+        True
+    ]
+
+
 def test_a_dry_run_sends_nothing(hub, trained, monkeypatch):
     monkeypatch.chdir(trained)
     monkeypatch.delenv("HF_TOKEN")
@@ -447,6 +624,27 @@ def test_a_dry_run_sends_nothing(hub, trained, monkeypatch):
     assert listed == MODEL_FILES - {".gitattributes", "README.md"} | {"sample.jpg"}
     assert "# dry\n" in shown and 'from_pretrained("ada/dry", trust_remote_code=True)' in shown
     assert len(hub.requests) == asked
+
+
+def test_the_script_is_the_command(hub, trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    script = str(Path(__file__).parents[1] / "scripts" / "push_to_hub.py")
+
+    def run_script(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(script, run_name="__main__")
+        return end.value.code
+
+    options = ["--evaluation", "runs/captioner/scores.json", "--license", "mit", "--revision", "first", "--private"]
+    assert run_script("runs/captioner", "captioner", *options) == 0
+    newest = hub.repos["ada/captioner"].refs["first"]
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/ada/captioner/commit/{newest}"
+    assert hub.repos["ada/captioner"].private and hub.files("ada/captioner", "first").keys() == MODEL_FILES
+    card = card_of("ada/captioner", "first")
+    assert card.data.license == "mit" and "CIDEr" in card.text
+    assert run_script("runs/none", "captioner") == 2
+    assert capsys.readouterr().err == "Error: There is no folder runs/none.\n"
 
 
 # --- the Trainer
@@ -486,6 +684,7 @@ def test_a_trainer_pushes_what_it_trained(hub, tokenizer, tmp_path, kind):
     assert data.license == "mit" and not [
         file for file in files if file.startswith("checkpoint-") or "optimizer" in file
     ]
+    assert required_by(files["requirements.txt"]) == LOADING and files.keys() >= MODEL_FILES
     if kind == "own":
         assert hub.faults.pop(("POST", "/commit/")) == []
         assert hub.history(NAME) == ["initial commit", "Training in progress, step 2", "End of training"]

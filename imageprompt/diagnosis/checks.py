@@ -21,7 +21,7 @@ from ..checkpoints import listed
 from ..configuration import ImagePromptConfig
 from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
-from .memory import estimate_memory, on_fake_tensors, quiet
+from .memory import estimate_memory, on_fake_tensors, quiet, stored_bytes
 from .report import Budget, Check, Diagnosis, Memory, Part, Plan
 
 # Below this many samples per step, batch statistics get noisy enough to cost accuracy (Group Normalization, arXiv
@@ -108,8 +108,15 @@ def check_statistics(config: ImagePromptConfig) -> Iterator[Check]:
         )
 
 
-def check_weights(folder: Path) -> Iterator[Check]:
+def check_weights(config: ImagePromptConfig, folder: Path) -> Iterator[Check]:
     """What `from_pretrained` says of the files, on the meta device: it reads names and shapes alone."""
+    if config.quantization is not None and config.quantization["quant_method"] != "torchao":
+        yield Check(
+            "weights",
+            "warning",
+            "Not examined: of quantised ones, the library reads torchao's alone without making them.",
+        )
+        return
     try:
         with quiet():
             _, found = ImagePromptForConditionalGeneration.from_pretrained(
@@ -164,9 +171,12 @@ def _matches(target: str, names: list[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for name in names)
 
 
-def check_learning(parts: dict[str, Part]) -> Iterator[Check]:
+def check_learning(config: ImagePromptConfig, parts: dict[str, Part]) -> Iterator[Check]:
     learning = [name for name, part in parts.items() if part.learning]
-    if learning:
+    if config.quantization is not None:
+        mend = "train the model that this one was made of, then compress it."
+        yield Check("learning", "error", f"Quantised weights do not learn: {mend}")
+    elif learning:
         yield Check("learning", "ok", ", ".join(learning))
     else:
         yield Check("learning", "error", "Every part is frozen: let at least the connector learn.")
@@ -193,11 +203,13 @@ def check_batch_norm(model: ImagePromptForConditionalGeneration, plan: Plan) -> 
         yield Check("batch norm", "ok", f"{len(layers)} layers learn statistics from {samples} images at a time")
 
 
-def try_memory(model: ImagePromptForConditionalGeneration, report: Diagnosis) -> Memory | None:
-    """The memory, and as a check whether a training step and a prefill run at all."""
+def try_memory(
+    model: ImagePromptForConditionalGeneration, report: Diagnosis, folder: Path | None = None
+) -> Memory | None:
+    """The memory, and as a check whether a training step and a prefill run at all; a folder has quantised weights."""
     try:
         with on_fake_tensors(model):
-            memory = estimate_memory(model, report.plan)
+            memory = estimate_memory(model, report.plan, None if folder is None else stored_bytes(folder))
     except _UNTRACEABLE as error:
         report.checks.append(Check("dry run", "warning", f"This model runs on real tensors only: {error}"))
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:

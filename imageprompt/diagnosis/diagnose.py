@@ -82,16 +82,22 @@ def diagnose(
     if text is None:
         report.checks += check_statistics(config)
     if folder is not None:
-        report.checks += check_weights(folder)
+        report.checks += check_weights(config, folder)
     meta = build_on_meta(config, report.plan.dtype)
     if report.plan.lora:
         report.checks += add_lora(meta, report.plan)
+    quantized = config.quantization is not None
+    if quantized:
+        meta.requires_grad_(False)
     meta.train()
     report.parts = count_parts(meta)
-    report.checks += check_learning(report.parts)
+    report.checks += check_learning(config, report.parts)
     report.checks += check_batch_norm(meta, report.plan)
     if all(check.name != "positions" or check.status != "error" for check in report.checks):
-        report.memory = try_memory(meta, report)
+        report.memory = try_memory(meta, report, folder if quantized else None)
+        if quantized and folder is None:
+            message = "The weights are quantised, and their files are not here: they are counted as not quantised."
+            report.checks.append(Check("memory", "warning", message))
     return report
 
 

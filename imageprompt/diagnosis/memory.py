@@ -8,6 +8,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils import logging
 
 from ..configuration import ImagePromptConfig
 from ..modeling import ImagePromptForConditionalGeneration
+from ..provenance import is_weights
 from .report import Memory, Part, Plan
 
 
@@ -139,10 +141,26 @@ def _fake_batch(
     return batch | {"encoder_hidden_states": tokens.reshape(rows, -1, config.hidden_size)}
 
 
-def estimate_memory(model: ImagePromptForConditionalGeneration, plan: Plan) -> Memory:
-    """Count the bytes of a training step and of `generate`; on fake tensors, no memory is needed for it."""
+def stored_bytes(folder: Path) -> int:
+    """Bytes of the tensors in a saved model's files, without loading them."""
+    total = 0
+    for path in filter(lambda path: is_weights(path.name) and path.suffix == ".safetensors", folder.iterdir()):
+        with path.open("rb") as file:  # the header's length comes first
+            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    return total
+
+
+def estimate_memory(model: ImagePromptForConditionalGeneration, plan: Plan, stored: int | None = None) -> Memory:
+    """Count the bytes of a training step and of `generate`; on fake tensors, no memory is needed for it.
+
+    Args:
+        stored: bytes of weights that are held as they are stored, not as in this model: quantised ones.
+    """
     config = model.config
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if stored is not None:
+        in_files = model.state_dict().keys()
+        weights = stored + sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in in_files)
     gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=plan.dtype == "autocast")
     with LiveBytes() as step, count_saved_bytes(model) as saved:

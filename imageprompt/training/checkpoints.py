@@ -18,6 +18,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from ..provenance import is_weights
+
 logger = logging.get_logger(__name__)
 
 # What a full disk raises: Python and the tokenizers, safetensors, and torch.save.
@@ -164,8 +166,9 @@ def whole_or_nothing(folder: Path, what: str, run: Path) -> Iterator[None]:
 
 def move_model(source: Path, target: Path) -> None:
     """Move the files of a saved model into a folder, in place of a model that is there."""
-    for stale in target.glob("model*.safetensors*"):  # a model in one file would hide one in several
-        stale.unlink()
+    for stale in target.iterdir():  # a model in one file would hide one in several
+        if is_weights(stale.name):
+            stale.unlink()
     for file in source.iterdir():
         os.replace(file, target / file.name)
     source.rmdir()

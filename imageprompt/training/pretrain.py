@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from ..composing import loading
+from ..composing import load_tokenizer, loading
 from ..data.sources import Source
 from ..options import new_gpt2, spell_out_recipe
 from ..provenance import provenance
@@ -100,8 +99,7 @@ def build(args: LanguageModelArguments, documents: Sequence[str]) -> tuple[PreTr
         tokenizer = train_tokenizer(documents, args.new_tokenizer)
     else:
         source = args.text if args.tokenizer is None else args.tokenizer
-        with loading(source):
-            tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no `eos_token`, by which a model knows where a document ends.")
     if args.text is not None:

@@ -1,6 +1,5 @@
 """One training, from a model and its rows to a folder with the model, its metrics and its curves."""
 
-import json
 from collections.abc import Sized
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,8 +80,8 @@ def run_training(
 ) -> None:
     """Train, and write model, processor, metrics and curves to `options.training.output_dir`.
 
-    `training.json` says what it came from: data, options, metrics, broken rows, versions and machine. With LoRA, the
-    folder holds the merged model, and `adapter/` the adapter.
+    `training.json` says what it came from: data, options, metrics, broken rows, versions and machine, and which weights
+    it is of. With LoRA, the folder holds the merged model, and `adapter/` the adapter.
     """
     trainable = dict(model.config.trainable)
     args, folder = options.training, Path(options.training.output_dir)
@@ -99,19 +98,18 @@ def run_training(
     if options.learning.lora is not None:
         trainer.save_model(str(folder / "adapter"))
         trainer.model = merge_lora(trainer.model, processor, trainable)
+    # A stream's rows are not counted in one place.
+    record = {
+        "data": data_facts(options.data),
+        "rows": len(rows.train) if isinstance(rows.train, Sized) else None,
+        "options": {name: getattr(args, name) for name in _TOLD},
+        "learns": None if options.learning.lora is not None else dict(model.config.trainable),
+        "lora": options.learning.lora,
+        "metrics": result.metrics,
+        "broken_rows": getattr(rows.train, "broken", None),
+        **provenance(),
+    }
     if trainer.is_world_process_zero():
-        # A stream's rows are not counted in one place.
-        record = {
-            "data": data_facts(options.data),
-            "rows": len(rows.train) if isinstance(rows.train, Sized) else None,
-            "options": {name: getattr(args, name) for name in _TOLD},
-            "learns": None if options.learning.lora is not None else dict(model.config.trainable),
-            "lora": options.learning.lora,
-            "metrics": result.metrics,
-            "broken_rows": getattr(rows.train, "broken", None),
-            **provenance(),
-        }
-        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         for name in record["broken_rows"] or []:
             print(f"Left out: {name}")
-    trainer.save_run(result)
+    trainer.save_run(result, record)

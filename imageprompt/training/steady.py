@@ -4,6 +4,7 @@ A loss that is not finite stops the run with its batch saved, a checkpoint is wh
 goes on counting in a resumed run.
 """
 
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.training_args import ParallelMode
 
+from ..provenance import model_digests
 from .checkpoints import find_checkpoint, move_model, whole_or_nothing
 from .curves import read_curves, save_curves
 from .nonfinite import save_batch, say_what_is_not_finite
@@ -139,19 +141,34 @@ class SteadyTrainer(Trainer):
         """
         if _internal_call:  # into a checkpoint's folder
             return super().save_model(output_dir, _internal_call)
-        run = Path(self.args.output_dir)
-        folder = run if output_dir is None else Path(output_dir)
+        self._write_model(Path(self.args.output_dir if output_dir is None else output_dir))
+        self._push_saved_model()
+
+    def _write_model(self, folder: Path) -> None:
         half = folder / "half-written"
-        with whole_or_nothing(half, "The model", run) if self.args.should_save else nullcontext():
+        with (
+            whole_or_nothing(half, "The model", Path(self.args.output_dir)) if self.args.should_save else nullcontext()
+        ):
             super().save_model(str(half), _internal_call=True)
         if self.args.should_save:
             move_model(half, folder)
+
+    def _push_saved_model(self) -> None:
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def save_run(self, result: TrainOutput) -> None:
-        """Write the model, and what `train` gave: its state, its metrics and a picture of its curves."""
-        self.save_model()
+    def save_run(self, result: TrainOutput, record: dict[str, Any] | None = None) -> None:
+        """Write the model, and what `train` gave: its state, its metrics and a picture of its curves.
+
+        Args:
+            record: for `training.json`, which also says of which weights it is, and which a push puts on the card.
+        """
+        folder = Path(self.args.output_dir)
+        self._write_model(folder)
+        if record is not None and self.is_world_process_zero():
+            content = json.dumps(record | {"model": model_digests(folder)}, indent=2)
+            (folder / "training.json").write_text(content + "\n")
+        self._push_saved_model()
         self.save_state()
         if self.is_world_process_zero() and read_curves(self.state.log_history):
             save_curves(self.state.log_history, Path(self.args.output_dir) / "curves.png")

@@ -16,9 +16,10 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from ..cards import CardFacts
 from ..modeling import ImagePromptForConditionalGeneration
 from ..pushing import push_folder
-from ..sharing import CardFacts
+from ..sharing import refuse_other_visibility
 from .arguments import ImagePromptTrainingArguments
 from .curves import SPEED
 from .scoring import check_metric, score_answers
@@ -85,6 +86,17 @@ class ImagePromptTrainer(SteadyTrainer):
 
     # --- the Hub
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As the library's, which pushes to an open repository even where a private one is asked for.
+
+        Raises:
+            ValueError: if the repository is there already, and others may see it against the wish.
+        """
+        super().init_hf_repo(token, private)
+        if self.is_world_process_zero():
+            wish = self.args.hub_private_repo if private is None else private
+            refuse_other_visibility(HfApi(token=token or self.args.hub_token), self.hub_model_id, wish)
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
@@ -97,7 +109,7 @@ class ImagePromptTrainer(SteadyTrainer):
         """As the library's, with the card of [`imageprompt.pushing.push_folder`], and nothing of the training's files.
 
         Args:
-            facts: of [`imageprompt.sharing.CardFacts`]: `license`, `language`, `datasets`, `tags`, …
+            facts: of [`imageprompt.cards.CardFacts`]: `license`, `language`, `datasets`, `tags`, …
 
         Returns:
             The commit, or with `blocking=False` a future of it; `None` in all processes but the first.
@@ -118,6 +130,7 @@ class ImagePromptTrainer(SteadyTrainer):
             commit_message=commit_message,
             token=token,
             revision=self.args.hub_revision if revision is None else revision,
+            private=private,
         )
         return push() if blocking else HfApi().run_as_future(push)
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from trainers import eight_rows, trainer_of
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
+from imageprompt import ImagePromptForConditionalGeneration
 from imageprompt.data.augmenting import augmentation
 from imageprompt.data.rows import read_rows
 from imageprompt.data.sources import Source
@@ -216,6 +217,17 @@ def test_an_earlier_run_is_refused_unless_nothing_of_it_is_whole(run):
     shutil.rmtree(run / "checkpoint-1")
     refuse_earlier_run(run, None)
     refuse_earlier_run(run / "other", None)
+
+
+def test_a_saved_model_takes_the_place_of_the_one_before_and_of_nothing_else(tokenizer, tmp_path):
+    stale = ("model.safetensors.index.json", "model-00001-of-00002.safetensors")
+    own = ("model.fp16.safetensors", "model_ema.safetensors", "model.safetensors.txt")
+    for name in (*stale, *own):
+        (tmp_path / name).write_text("before")
+    trainer_of(tokenizer, tmp_path).save_model()
+    assert [name for name in stale if (tmp_path / name).exists()] == []
+    assert [(tmp_path / name).read_text() for name in own] == ["before"] * 3
+    ImagePromptForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_other_errors_while_saving_stay_what_they_are(tokenizer, tmp_path, monkeypatch):
