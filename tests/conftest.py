@@ -5,11 +5,13 @@ import json
 import os
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from datasets import Image as DatasetImage
+from hub_server import HubServer
 from PIL import Image, ImageDraw
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, set_seed
 
@@ -66,6 +68,28 @@ def frozen_imports():
 @pytest.fixture(autouse=True)
 def seeded():
     set_seed(0)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty Hub of our own, to which the client in this process speaks, logged in as ada."""
+    constants, home = huggingface_hub.constants, tmp_path / "hub home"
+    server = HubServer()
+    home.mkdir()
+    with server.running():
+        # What HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_DISABLE_XET and HF_HOME set where the library is imported anew.
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before it asks again
+        monkeypatch.setenv("HF_TOKEN", "hf_ada")
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        yield server
 
 
 @pytest.fixture(scope="session")

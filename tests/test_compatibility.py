@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import test_pushing
 import torch
 from checkpoints.save import answers
 from conftest import CODE, max_difference, picture, tiny_gpt2
@@ -40,7 +39,6 @@ from imageprompt.connectors import CONNECTORS
 from imageprompt.image_processing import ImagePromptImageKwargs
 
 TESTS = Path(__file__).parent
-hub = test_pushing.hub  # the fixture
 CHECKPOINTS = sorted(path.parent for path in (TESTS / "checkpoints").glob("*/config.json"))
 SAME = 1e-5
 

@@ -19,7 +19,7 @@ import pytest
 import timm
 import torch
 from conftest import CODE, make_photos, max_difference, picture, tiny, tiny_gpt2
-from hub_server import TOKENS, HubServer
+from hub_server import TOKENS
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -43,31 +43,7 @@ MODEL_FILES = {
 }
 SMALL = {"stem_width": 8, "channels": [16, 16, 32, 32]}  # of a resnet10t
 DATA = ["--dataset", "photos/captions.csv", "--image_column", "file", "--suffix_column", "caption"]
-
-
 NAME = "ada/model"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """An empty Hub of our own, to which the client in this process speaks, logged in as ada."""
-    constants, home = huggingface_hub.constants, tmp_path / "hub home"
-    server = HubServer()
-    home.mkdir()
-    with server.running():
-        # What HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_DISABLE_XET and HF_HOME set where the library is imported anew.
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before it asks again
-        monkeypatch.setenv("HF_TOKEN", "hf_ada")
-        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-        yield server
 
 
 @pytest.fixture(scope="module")

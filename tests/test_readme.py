@@ -37,7 +37,7 @@ def cached_repository(cache: Path, repo_id: str) -> Path:
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch, tokenizer):
+def cached_hub(tmp_path, monkeypatch, tokenizer):
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -52,7 +52,7 @@ def hub(tmp_path, monkeypatch, tokenizer):
     tokenizer.save_pretrained(text)
 
 
-def test_readme_runs(hub, tmp_path, monkeypatch, capsys):
+def test_readme_runs(cached_hub, tmp_path, monkeypatch, capsys):
     def save_locally(self, repo_id, **kwargs):
         self.save_pretrained(tmp_path / repo_id)
 

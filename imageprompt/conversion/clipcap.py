@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2LMHeadModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..comparing import verify
-from ..composing import compose, loading
+from ..composing import compose, load_tokenizer, loading
 from ..language_models import load_language_model
 from ..modeling import ImagePromptForConditionalGeneration
 from ..vision import hub_id, resolve_backbone
@@ -106,8 +106,7 @@ def convert_clipcap(
         )
 
     if tokenizer is None:
-        with loading(text):
-            tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision)
+        tokenizer = load_tokenizer(text, revision=text_revision)
     model, processor = compose(
         vision,
         language_model.config,

@@ -11,10 +11,10 @@ import os
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, VisionEncoderDecoderModel
+from transformers import AutoConfig, GenerationConfig, VisionEncoderDecoderModel
 
 from ..comparing import Difference, verify
-from ..composing import generation_config_of, loading, prepare_tokenizer
+from ..composing import generation_config_of, load_tokenizer, loading, prepare_tokenizer
 from ..configuration import ImagePromptConfig, vision_config_of
 from ..image_processing import ImagePromptImageProcessor
 from ..modeling import ImagePromptForConditionalGeneration
@@ -62,9 +62,7 @@ def convert_vision_encoder_decoder(source: str | os.PathLike, *, revision: str |
     backbone = read_encoder(source, config.encoder, revision=revision)
     if twin.last_norm is not None:  # the decoder reads what has not passed it
         backbone.model_args["final_norm"] = False
-    with loading(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    tokenizer = prepare_tokenizer(tokenizer, config.decoder)
+    tokenizer = prepare_tokenizer(load_tokenizer(source, revision=revision), config.decoder)
     if (wordless := config.decoder.vocab_size - len(tokenizer)) > PADDED_ROWS:
         raise ValueError(
             f"The tokenizer of {name!r} lacks {wordless} of the {config.decoder.vocab_size} words of its decoder: are "

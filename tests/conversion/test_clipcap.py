@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_pushing
 import timm
 import torch
 from clipcap_reference import CLIP, MLP, ClipCap, ModifiedResNet, TransformerMapper, VisionTransformer, beams, greedy
@@ -29,7 +28,6 @@ from imageprompt.conversion.conversion import Conversion
 from imageprompt.image_processing import ImagePromptImageProcessor
 from imageprompt.vision import hub_id, resolve_backbone
 
-hub = test_pushing.hub  # the fixture
 PAGE = Path(__file__).parents[2] / "docs" / "bring-your-checkpoint.md"
 WIDTH, SIZE, NEW_TOKENS = 32, 64, 10
 

@@ -9,7 +9,6 @@ import re
 import shutil
 
 import pytest
-import test_pushing
 import torch
 from conftest import max_difference, picture, tiny_gpt2
 from transformers import (
@@ -32,7 +31,6 @@ from imageprompt.cli import app
 from imageprompt.conversion import vision_encoder_decoder
 from imageprompt.conversion.vision_encoder_decoder import convert_vision_encoder_decoder
 
-hub = test_pushing.hub  # the fixture
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 WIDE = SIZES | {"intermediate_size": 48}
 # The encoder, GPT-2's width, and words of GPT-2 beyond the tokenizer's.
