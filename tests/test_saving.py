@@ -237,7 +237,7 @@ def test_pain_12_every_file_of_the_code_is_in_the_checkpoint(saved):
 
 @pytest.mark.parametrize("name", sorted(CODE))
 def test_pain_12_the_code_imports_siblings_and_declared_libraries_only(saved, name):
-    allowed = {"torch", "transformers", "timm", "PIL", "numpy", "huggingface_hub", "safetensors"}
+    allowed = {"torch", "transformers", "timm", "torchvision", "PIL", "numpy", "huggingface_hub", "safetensors"}
     assert set(get_imports(saved[0] / name)) <= allowed | sys.stdlib_module_names  # all but what a `try` imports
     for node in ast.walk(ast.parse((saved[0] / name).read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:

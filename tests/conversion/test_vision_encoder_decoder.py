@@ -30,6 +30,7 @@ from imageprompt import ImagePromptForConditionalGeneration, ImagePromptProcesso
 from imageprompt.cli import app
 from imageprompt.conversion import vision_encoder_decoder
 from imageprompt.conversion.vision_encoder_decoder import convert_vision_encoder_decoder
+from imageprompt.training.tokenizing import train_tokenizer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 WIDE = SIZES | {"intermediate_size": 48}
@@ -224,13 +225,20 @@ def test_what_cannot_be_imported_is_refused(tokenizer, tmp_path, changes, messag
     [
         ("config.json", "holds no config.json of transformers"),
         ("preprocessor_config.json", "says nothing of its pixels"),
-        ("tokenizer.json", "tokenizer of .* lacks [0-9]+ of the 313 words"),
+        ("tokenizer.json", "There is no tokenizer in"),
         ("model.safetensors", "Cannot load the weights"),
     ],
 )
 def test_a_missing_file_is_named(tokenizer, tmp_path, file, message):
     (write(tmp_path, tokenizer) / file).unlink()
     with pytest.raises(ValueError, match=message):
+        convert_vision_encoder_decoder(tmp_path)
+
+
+def test_a_tokenizer_with_fewer_words_is_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("imageprompt.conversion.vision_encoder_decoder.PADDED_ROWS", 16)
+    train_tokenizer(["two cats"], 265).save_pretrained(write(tmp_path, tokenizer))
+    with pytest.raises(ValueError, match=r"tokenizer of .* lacks [0-9]+ of the 313 words"):
         convert_vision_encoder_decoder(tmp_path)
 
 
