@@ -1,7 +1,8 @@
 """imageprompt: an image is a prompt.
 
 Any timm vision backbone, projected into a GPT-2 language model, behind transformers' own `from_pretrained`,
-`generate`, `Trainer` and `push_to_hub`. Importing the package registers its classes with the library's Auto classes.
+`generate`, `Trainer` and `push_to_hub`. Importing the package registers its classes with the library's Auto classes,
+and lets their `push_to_hub` bring a card.
 """
 
 from importlib import import_module
@@ -65,6 +66,19 @@ def _register() -> None:
     backends = {"pil": ImagePromptImageProcessor, "torchvision": ImagePromptImageProcessor}
     AutoImageProcessor.register(ImagePromptConfig, image_processor_classes=backends)
     AutoProcessor.register(ImagePromptConfig, ImagePromptProcessor)
+    # What writes a card does not travel with a model: one that came with its own code pushes as the library does.
+    for kind, push in ((ImagePromptForConditionalGeneration, "push_model"), (ImagePromptProcessor, "push_processor")):
+        setattr(kind, "push_to_hub", _of_sharing(push))  # noqa: B010 - a method of the library's, for the type checker
+
+
+def _of_sharing(name: str):
+    """A function of [`imageprompt.sharing`], which is imported when it is called."""
+
+    def push_to_hub(self, repo_id: str, **details):
+        """As the library's; see [`imageprompt.sharing.push_model`] and [`imageprompt.sharing.push_processor`]."""
+        return getattr(import_module(".sharing", __name__), name)(self, repo_id, **details)
+
+    return push_to_hub
 
 
 _register()

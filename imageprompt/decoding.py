@@ -32,6 +32,11 @@ class ImagePromptGenerationMixin(GenerationMixin):
     get_input_embeddings: Any
     get_image_features: Any
 
+    @property
+    def has_recurrent_layers(self) -> bool:
+        """Whether the language model goes on from what it has read by one token only."""
+        return getattr(self.model.language_model, "_is_stateful", False)
+
     @torch.no_grad()
     def encode_prefix(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs) -> ImagePrefix:
         """Run images, and any text with them, once for all the texts that follow.
@@ -48,14 +53,12 @@ class ImagePromptGenerationMixin(GenerationMixin):
         Raises:
             ValueError: for a language model with recurrent layers, which go on by one token only; and as `forward`.
         """
-        if getattr(self.model.language_model, "_is_stateful", False):
+        if self.has_recurrent_layers:
             raise ValueError(
                 f"A {self.config.text_config.model_type} language model has recurrent layers, which cannot go on from "
                 "a prefix: pass the whole prompt."
             )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        prompt = _pad_left({"input_ids": input_ids, "attention_mask": attention_mask})
+        prompt = _pad_left(_with_mask({"input_ids": input_ids, "attention_mask": attention_mask}))
         cache = DynamicCache()
         with evaluating(self):
             outputs = self.model(**prompt, **inputs, past_key_values=cache, use_cache=True, return_dict=True)
@@ -91,9 +94,9 @@ class ImagePromptGenerationMixin(GenerationMixin):
         # Padding goes to the right, so that the first token follows what predicts it.
         order = inputs["attention_mask"].argsort(dim=-1, stable=True, descending=True)
         inputs, labels = _reorder(inputs, order), labels.gather(1, order.to(labels.device))
-        prefix = prefix.for_rows(len(labels))
         behind = self.model(**prefix.followed_by(inputs), use_cache=True, return_dict=True).last_hidden_state
-        return torch.cat([prefix.last_hidden_state, behind], dim=1), F.pad(labels, (1, 0), value=IGNORE_INDEX)
+        last = prefix.last_hidden_state[prefix.rows_for(len(labels))]
+        return torch.cat([last, behind], dim=1), F.pad(labels, (1, 0), value=IGNORE_INDEX)
 
     def generate(
         self,
@@ -146,9 +149,9 @@ class ImagePromptGenerationMixin(GenerationMixin):
         inputs = _with_mask(inputs)
         if not inputs["attention_mask"][:, -1].all():
             inputs = inputs | _pad_left(inputs)
-        prefix = prefix.for_rows(len(inputs["input_ids"]))
-        ids = torch.cat([prefix.input_ids, inputs["input_ids"]], dim=1)
-        mask = torch.cat([prefix.attention_mask, inputs["attention_mask"]], dim=1)
+        rows = prefix.rows_for(len(inputs["input_ids"]))
+        ids = torch.cat([prefix.input_ids[rows], inputs["input_ids"]], dim=1)
+        mask = torch.cat([prefix.attention_mask[rows], inputs["attention_mask"]], dim=1)
         if not inputs["attention_mask"].all() and self._counts_padding(ids.shape[1]):
             raise ValueError(
                 f"A {self.config.text_config.model_type} language model counts padding between a prefix and the text "
@@ -187,8 +190,7 @@ class ImagePromptGenerationMixin(GenerationMixin):
         )
         if isinstance(prefix, ImagePrefix):
             copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-            rows = torch.arange(batch_size, device=prefix.input_ids.device).repeat_interleave(copies)
-            prefix.write_to(model_kwargs["past_key_values"], rows)
+            prefix.write_to(model_kwargs["past_key_values"], prefix.rows_for(batch_size).repeat_interleave(copies))
 
     @torch.no_grad()
     def _images_of_rows(self, inputs: dict) -> dict:

@@ -615,18 +615,6 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, ImagePromp
         supervised = targets != IGNORE_INDEX
         return self.lm_head(hidden_states[supervised]), targets[supervised], supervised.nonzero()[:, 0]
 
-    def push_to_hub(self, repo_id: str, **details) -> Any:
-        """As the library's; where imageprompt is installed, with a card that says what is known of the model.
-
-        Args:
-            details: of [`imageprompt.sharing.push_model`], which are the library's.
-        """
-        try:
-            from imageprompt.sharing import push_model
-        except ImportError:  # a model that came with its code: what a push takes besides does not travel with it
-            return super().push_to_hub(repo_id, **details)
-        return push_model(self, repo_id, **details)
-
 
 class _BatchedAttention:
     """A layer of vLLM's attention, with its answer in the shape of the library's own attention functions.

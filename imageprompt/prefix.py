@@ -6,7 +6,6 @@ They are written into whatever cache the library makes for a call, so the prefix
 samples and static caches need no care.
 """
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -66,33 +65,36 @@ class ImagePrefix:
         self.write_to(cache, chosen)
         return ImagePrefix(self.input_ids[chosen], self.attention_mask[chosen], self.last_hidden_state[chosen], cache)
 
-    def for_rows(self, count: int) -> "ImagePrefix":
-        """The prefix of so many rows: itself, or its only row for all.
+    def rows_for(self, count: int) -> Tensor:
+        """The row that each of so many texts follows, (texts,): its own, or the only one.
 
         Raises:
-            ValueError: if it holds another number of rows.
+            ValueError: if the prefix has another number of rows.
         """
-        if len(self) == count:
-            return self
-        if len(self) == 1:
-            return self[[0] * count]
-        raise ValueError(
-            f"The prefix has {len(self)} rows and {count} texts follow: choose the row that each follows, as "
-            "`prefix[[0, 0, 1, …]]` does."
-        )
+        if len(self) not in (1, count):
+            raise ValueError(
+                f"The prefix has {len(self)} rows and {count} texts follow: choose the row that each follows, as "
+                "`prefix[[0, 0, 1, …]]` does."
+            )
+        rows = torch.arange(len(self), device=self.input_ids.device)
+        return rows.expand(count)
 
     def write_to(self, cache: Cache, rows: Tensor) -> None:
         """Put keys and values of these rows into an empty cache of any kind."""
-        for index, layer in enumerate(self._cache.layers):
-            cache.update(layer.keys[rows], layer.values[rows], index)
+        _copy_layers(self._cache, cache, rows)
         if (images := getattr(self._cache, "images", None)) is not None:
-            state = ImageState(copy.deepcopy(images.keys_and_values), images.mask[rows], images.passed[rows])
-            state.keys_and_values.batch_select_indices(rows)
+            state = ImageState(DynamicCache(), images.mask[rows], images.passed[rows])
+            _copy_layers(images.keys_and_values, state.keys_and_values, rows)
             setattr(cache, "images", state)  # noqa: B010 - where `ImageCache` looks for it
 
     def followed_by(self, inputs: dict) -> dict:
         """Inputs of a `forward` that goes on behind the prefix: with its cache, and a mask over all positions."""
-        cache = DynamicCache()
-        self.write_to(cache, torch.arange(len(self), device=self.input_ids.device))
-        mask = torch.cat([self.attention_mask, inputs["attention_mask"]], dim=1)
+        rows, cache = self.rows_for(len(inputs["input_ids"])), DynamicCache()
+        self.write_to(cache, rows)
+        mask = torch.cat([self.attention_mask[rows], inputs["attention_mask"]], dim=1)
         return inputs | {"attention_mask": mask, "past_key_values": cache}
+
+
+def _copy_layers(source: Cache, target: Cache, rows: Tensor) -> None:
+    for index, layer in enumerate(source.layers):
+        target.update(layer.keys[rows], layer.values[rows], index)

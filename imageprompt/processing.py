@@ -195,18 +195,6 @@ class ImagePromptProcessor(ProcessorMixin):
                 "Load both from the same checkpoint."
             )
 
-    def push_to_hub(self, repo_id: str, **details) -> Any:
-        """As the library's; where imageprompt is installed, without a card, which is the model's to write.
-
-        Args:
-            details: of [`imageprompt.sharing.push_processor`], which are the library's.
-        """
-        try:
-            from imageprompt.sharing import push_processor
-        except ImportError:  # a processor that came with its code, as a model
-            return super().push_to_hub(repo_id, **details)
-        return push_processor(self, repo_id, **details)
-
     def _suffix_kwargs(self, suffix: str | list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The tokenizer's keywords for prompts followed by suffixes, which it marks with `token_type_ids`."""
         suffix = [suffix] if isinstance(suffix, str) else list(suffix)

@@ -1,7 +1,7 @@
 """The upload of a model or a processor to the Hub: all of it in one commit, of nothing but what was made here.
 
-It is what `push_to_hub` does where imageprompt is installed. Without the package, a model that came with its code has
-the library's own `push_to_hub`, which sends the same files with a plain card.
+It is what `push_to_hub` of the package's classes does. A model that runs by the code that came with it has the
+library's own `push_to_hub`, which sends the same files with a plain card.
 """
 
 import tempfile

@@ -13,6 +13,7 @@ import multiprocessing
 import resource
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ QUICK = Sizes(
 )
 
 
-class Contestant:
+class Contestant(ABC):
     """A model of the given sizes, with the inputs of every work. What a work does is a method of its name."""
 
     def __init__(self, sizes: Sizes, dtype: str, device: str):
@@ -106,12 +107,24 @@ class Contestant:
         self.text = torch.randint(1, sizes.vocabulary - 1, (sizes.batch, sizes.text_tokens), device=device)
         self.pixels = torch.randn(sizes.batch, 3, sizes.image_size, sizes.image_size, device=device)
 
-    def build(self) -> torch.nn.Module:
-        raise NotImplementedError
+    @abstractmethod
+    def build(self) -> torch.nn.Module: ...
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions that an image takes in the text."""
+        return self.sizes.patches
 
     def inputs(self, text: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the model takes for these texts, (rows, tokens), each behind an image."""
-        raise NotImplementedError
+        images = text.new_full((len(text), self.image_tokens), self.sizes.vocabulary - 1)
+        ids = torch.cat([images, text], dim=1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": self.pixels[: len(text)]}
+
+    def to_answer(self) -> torch.nn.Module:
+        """The model as it is used once it has learnt, with it and the pixels in the dtype."""
+        self.pixels = self.pixels.to(self.dtype)
+        return self.model.eval().to(self.dtype)
 
     def labelled(self) -> dict[str, torch.Tensor]:
         """A training batch, in which the texts are learnt."""
@@ -136,37 +149,25 @@ class Contestant:
 
     def generate(self) -> Callable[[], Any]:
         """Captions of a batch of images, of just so many tokens."""
-        model = self.model.eval().to(self.dtype)
-        inputs = {name: self._cast(value) for name, value in self.inputs(self.text[:, :1]).items()}
-        count = self.sizes.new_tokens
+        model, inputs, count = self.to_answer(), self.inputs(self.text[:, :1]), self.sizes.new_tokens
         return lambda: model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-
-    def _cast(self, value: torch.Tensor) -> torch.Tensor:
-        return value.to(self.dtype) if value.is_floating_point() else value
 
 
 class Ours(Contestant):
     """imageprompt, with a two-layer MLP as connector."""
 
-    num_image_tokens: int | None = None  # one for each patch
-
     def build(self):
-        self.config = ImagePromptConfig.from_backbones(
+        config = ImagePromptConfig.from_backbones(
             self.sizes.backbone,
             self.sizes.gpt2(),
             preprocessing={"input_size": (3, self.sizes.image_size, self.sizes.image_size)},
             image_token_id=self.sizes.vocabulary - 1,
-            num_image_tokens=self.num_image_tokens,
+            num_image_tokens=self.image_tokens,
         )
-        return ImagePromptForConditionalGeneration(self.config)
-
-    def inputs(self, text):
-        images = text.new_full((len(text), self.config.image_seq_length), self.config.image_token_id)
-        ids = torch.cat([images, text], dim=1)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": self.pixels[: len(text)]}
+        return ImagePromptForConditionalGeneration(config)
 
     def _questions(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        self.model.eval().to(self.dtype)
+        self.to_answer()
         words = torch.randint(1, self.sizes.vocabulary - 1, (self.sizes.questions, 8), device=self.device)
         settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
         return {"input_ids": words, "attention_mask": torch.ones_like(words)}, settings
@@ -174,14 +175,10 @@ class Ours(Contestant):
     def questions_one_by_one(self) -> Callable[[], torch.Tensor]:
         """Every question with its image, as each comes."""
         questions, settings = self._questions()
-        pixels = self._cast(self.pixels[:1])
 
         def ask() -> torch.Tensor:
-            answers = []
-            for words in questions["input_ids"].split(1):
-                inputs = self.inputs(words) | {"pixel_values": pixels}
-                answers.append(self.model.generate(**inputs, **settings)[:, self.config.image_seq_length :])
-            return torch.cat(answers)
+            prompts = [self.inputs(words) for words in questions["input_ids"].split(1)]
+            return torch.cat([self.model.generate(**prompt, **settings) for prompt in prompts])[:, self.image_tokens :]
 
         return ask
 
@@ -202,13 +199,11 @@ class Ours(Contestant):
         return lambda: self.model.generate(**questions, prefix=self._prefix(), **settings)
 
     def _prefix(self):
-        image = self.inputs(self.text[:1, :0]) | {"pixel_values": self._cast(self.pixels[:1])}
-        return self.model.encode_prefix(**image)
+        return self.model.encode_prefix(**self.inputs(self.text[:1, :0]))
 
     def decode(self) -> Callable[[], Any]:
         """The step for one more token of each row."""
-        model = self.model.eval().to(self.dtype)
-        inputs = {name: self._cast(value) for name, value in self.inputs(self.text).items()}
+        model, inputs = self.to_answer(), self.inputs(self.text)
         with torch.inference_mode():
             cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
         return _decoding(model, cache, inputs["attention_mask"])
@@ -217,9 +212,9 @@ class Ours(Contestant):
 class OursPooled(Ours):
     """As `Ours`, with the patches averaged to a quarter: what the README composes."""
 
-    def build(self):
-        self.num_image_tokens = self.sizes.patches // 4
-        return super().build()
+    @property
+    def image_tokens(self):
+        return self.sizes.patches // 4
 
 
 class Llava(Contestant):
@@ -234,11 +229,6 @@ class Llava(Contestant):
             vision_feature_layer=-1,
         )
         return LlavaForConditionalGeneration(config)
-
-    def inputs(self, text):
-        images = text.new_full((len(text), self.sizes.patches), self.sizes.vocabulary - 1)
-        ids = torch.cat([images, text], dim=1)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": self.pixels[: len(text)]}
 
 
 class EncoderDecoder(Contestant):
@@ -279,11 +269,11 @@ class Loop(Contestant):
         return Captioner(self.sizes, self.prefix_length)
 
     def generate(self):
-        model = self.model.eval().to(self.dtype)
+        model = self.to_answer()
 
         @torch.no_grad()
         def caption() -> None:
-            for pixels in self.pixels.to(self.dtype).split(1):
+            for pixels in self.pixels.split(1):
                 row = model.mapper(model.vision(pixels)).view(1, self.prefix_length, -1)
                 for _ in range(self.sizes.new_tokens):
                     token = model.text(inputs_embeds=row, use_cache=False).logits[:, -1].argmax(-1)
@@ -299,7 +289,7 @@ class Gpt2(Contestant):
         return GPT2LMHeadModel(self.sizes.gpt2())
 
     def decode(self):
-        model = self.model.eval().to(self.dtype)
+        model = self.to_answer()
         length = self.sizes.patches + self.sizes.text_tokens  # as many positions as `Ours` has
         ids = self.text[:, :1].expand(-1, length)
         cache = DynamicCache(config=model.config)
@@ -315,7 +305,7 @@ class Gemms(Contestant):
         return GPT2LMHeadModel(self.sizes.gpt2())
 
     def decode(self):
-        model = self.model.eval().to(self.dtype)
+        model = self.to_answer()
         rows, wide = (
             torch.randn(self.sizes.batch, width, device=self.device, dtype=self.dtype)
             for width in (self.sizes.text_width, 4 * self.sizes.text_width)

@@ -49,9 +49,7 @@ class EncodedPrompts:
         self.model, self.processor = model, processor
         inputs = processor(images=list(images), text=list(texts), padding=True, return_tensors="pt").to(model.device)
         self.count = len(inputs["input_ids"])
-        # Recurrent layers go on from a cache by one token only: their rows are run whole.
-        self.runs_whole = getattr(model.model.language_model, "_is_stateful", False)
-        if not self.runs_whole:
+        if not model.has_recurrent_layers:
             self.prefix = model.encode_prefix(**inputs)
             return
         pixel_values = inputs.pop("pixel_values", None)
@@ -95,7 +93,7 @@ class EncodedPrompts:
 
     def _logits(self, ids: Tensor, is_text: Tensor) -> Tensor:
         """What the model expects at each token of the texts, (rows, tokens, vocabulary)."""
-        if self.runs_whole:
+        if self.model.has_recurrent_layers:  # no prefix: rows are run whole
             whole = {
                 "input_ids": torch.cat([self.inputs["input_ids"], ids], dim=1),
                 "attention_mask": torch.cat([self.inputs["attention_mask"], is_text], dim=1),
