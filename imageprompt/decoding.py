@@ -124,6 +124,13 @@ class ImagePromptGenerationMixin(GenerationMixin):
         if prefix is not None:
             self._refuse_unused_prefix(generation_config, kwargs)
             kwargs |= self._put_behind(prefix, kwargs)
+        if (features := kwargs.pop("image_features", None)) is not None:
+            if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
+                raise ValueError("Pass one of `pixel_values`, `image_features` and `mm_encoder_outputs`.")
+            index = kwargs.pop("image_index", None)
+            with torch.no_grad():
+                encoded = self.get_image_features(None, index, features, return_dict=True)
+            kwargs["mm_encoder_outputs"] = {"image": encoded}
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)  # the library would encode what is not there
         mask = kwargs.get("attention_mask")

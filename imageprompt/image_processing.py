@@ -41,6 +41,14 @@ _SOURCES = (str, os.PathLike, bytes, bytearray)
 _CHANNELS = (1, 2, 3, 4)  # grey, grey with alpha, RGB, RGBA
 
 
+class ImageFeatures(torch.Tensor):
+    """What a frozen vision tower gave for an image before, to be passed in the image's place.
+
+    (1, rows * columns, feature_size), of `model.get_image_features(...).last_hidden_state`, as
+    `features.as_subclass(ImageFeatures)`.
+    """
+
+
 class ImagePromptImageKwargs(TypedDict, total=False):
     """All settings of timm's transform; the library's other switches would be ignored, so they are refused.
 
@@ -74,10 +82,12 @@ class ImagePromptImageProcessor(BaseImageProcessor):
     Images may be PIL images of any mode, arrays or tensors of shape (height, width), (height, width, channels) or
     (channels, height, width), file names, URLs or encoded bytes. Values are integers from 0 to 255 (uint16: to 65535)
     or floats from 0 to 1 or to 255. Transparent pixels are laid on white and EXIF rotation is applied. An animation
-    gives its first frame; an open PIL image, the frame to which it was sought.
+    gives its first frame; an open PIL image, the frame to which it was sought. For [`ImageFeatures`] instead of images,
+    `image_features` come instead of `pixel_values`.
 
     Raises:
-        ValueError: for impossible settings, and for images that cannot be read, with the image's index.
+        ValueError: for impossible settings, for images that cannot be read, with the image's index, and for images
+            among features.
     """
 
     valid_kwargs = ImagePromptImageKwargs
@@ -163,6 +173,21 @@ class ImagePromptImageProcessor(BaseImageProcessor):
         return open_image(image_url_or_urls) if isinstance(image_url_or_urls, _SOURCES) else image_url_or_urls
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args, return_tensors=None, **kwargs) -> BatchFeature:
+        flat = _flatten(images)
+        if not flat:
+            raise ValueError("There is no image in `images`.")
+        image_index = _places(flat) if kwargs["share_images"] else range(len(flat))
+        firsts = [image_index.index(place) for place in range(max(image_index) + 1)]
+        if any(isinstance(image, ImageFeatures) for image in flat):
+            features = {"image_features": _stacked([flat[index] for index in firsts])}
+        else:
+            features = {"pixel_values": self._pixels(flat, firsts, **kwargs)}
+        if kwargs["share_images"]:
+            features["image_index"] = torch.tensor(image_index)
+        return BatchFeature(features, tensor_type=return_tensors)
+
+    def _pixels(self, images: list[Any], chosen: list[int], **kwargs) -> torch.Tensor:
+        """The chosen images as the vision tower takes them, (chosen, channels, height, width)."""
         transform, mean, std = _transform(
             height=kwargs["size"].height,
             width=kwargs["size"].width,
@@ -173,23 +198,15 @@ class ImagePromptImageProcessor(BaseImageProcessor):
             crop_mode=kwargs["crop_mode"],
         )
         mode = "L" if len(mean) == 1 else "RGB"
-        flat = _flatten(images)
-        if not flat:
-            raise ValueError("There is no image in `images`.")
-        image_index = _places(flat) if kwargs["share_images"] else range(len(flat))
-        firsts = [image_index.index(place) for place in range(max(image_index) + 1)]
         # timm's transform would end with the same steps in the same order, but with a new tensor for each of them.
-        shape = (len(firsts), len(mean), kwargs["size"].height, kwargs["size"].width)
+        shape = (len(chosen), len(mean), kwargs["size"].height, kwargs["size"].width)
         pixel_values = torch.empty(shape, dtype=torch.float32, device="cpu")
-        for place, index in enumerate(firsts):
+        for place, index in enumerate(chosen):
             with _named(index):
-                levels = torch.from_numpy(np.array(_cut(to_mode(flat[index], mode), transform), ndmin=3))
+                levels = torch.from_numpy(np.array(_cut(to_mode(images[index], mode), transform), ndmin=3))
                 channels = levels if mode == "L" else levels.permute(2, 0, 1)
                 pixel_values[place].copy_(channels).div_(255).sub_(mean).div_(std)
-        features = {"pixel_values": pixel_values}
-        if kwargs["share_images"]:
-            features["image_index"] = torch.tensor(image_index)
-        return BatchFeature(features, tensor_type=return_tensors)
+        return pixel_values
 
     def _validate_preprocess_kwargs(
         self, size: SizeDict, image_mean, image_std, resample, crop_pct: float, crop_mode: str, **kwargs
@@ -347,6 +364,12 @@ def _flatten(images: Any) -> list[Any]:
     if getattr(images, "ndim", 0) > 3:
         return [flat for image in images for flat in _flatten(image)]
     return [images]
+
+
+def _stacked(images: list[Any]) -> torch.Tensor:
+    if not all(isinstance(image, ImageFeatures) for image in images):
+        raise ValueError("Pass images or `ImageFeatures`, not both in one batch.")
+    return torch.cat([image.as_subclass(torch.Tensor) for image in images])
 
 
 def _places(images: list[Any]) -> list[int]:

@@ -9,6 +9,7 @@ runs on supervised positions only.
 
 import inspect
 import json
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
@@ -233,13 +234,19 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
     @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, image_index: Tensor | None = None, **kwargs
+        self,
+        pixel_values: Tensor | None = None,
+        image_index: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images for the language model.
 
         Args:
             pixel_values: (images, channels, height, width), as the processor makes them.
             image_index: (places,), which of them stands at each place for an image; by default each has one place.
+            image_features: `last_hidden_state` of an earlier call, instead of `pixel_values`: the vision tower does
+                not run.
 
         Returns:
             `last_hidden_state`: (images, rows * columns, feature_size), the backbone's features;
@@ -247,18 +254,35 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
 
         Raises:
             ValueError: if the images do not have the size that the configuration states, or, where it may change,
-                a size that the backbone takes.
+                a size that the backbone takes; if the features are not of that size.
         """
+        if image_features is None:
+            features, grid = self._run_tower(pixel_values)
+        else:
+            features, grid = self._check_features(image_features), tuple(self.config.feature_grid)
+        image_tokens = self.connector(features, grid)
+        if image_index is not None:
+            image_tokens = image_tokens[image_index]
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=image_tokens)
+
+    def _run_tower(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The backbone's features, (images, rows * columns, feature_size), and their (rows, columns)."""
         grid, num_prefix_tokens = self._check_images(pixel_values)
         # Nothing in front of a frozen tower can learn through it, unless the pixels themselves ask for a gradient.
         keep_graph = torch.is_grad_enabled() and (_learns(self.vision_tower) or pixel_values.requires_grad)
         with torch.set_grad_enabled(keep_graph):
             outputs = self.vision_tower(pixel_values, feature_layer=self.config.feature_layer, return_dict=True)
-        features = flatten_features(outputs.last_hidden_state, self.config.feature_layout, num_prefix_tokens)
-        image_tokens = self.connector(features, grid)
-        if image_index is not None:
-            image_tokens = image_tokens[image_index]
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=image_tokens)
+        return flatten_features(outputs.last_hidden_state, self.config.feature_layout, num_prefix_tokens), grid
+
+    def _check_features(self, image_features: Tensor) -> Tensor:
+        config = self.config
+        expected = (math.prod(config.feature_grid), config.feature_size)
+        if image_features.ndim != 3 or image_features.shape[1:] != expected:
+            raise ValueError(
+                f"This model's image_features have the shape (images, {expected[0]}, {expected[1]}), not "
+                f"{tuple(image_features.shape)}: pass what its own `get_image_features` gave."
+            )
+        return image_features.to(self.device, self.dtype)
 
     def _check_images(self, pixel_values: Tensor) -> tuple[tuple[int, ...], int | None]:
         """The grid of these images, and how many tokens come before it."""
@@ -327,6 +351,7 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
+        image_features: Tensor | None = None,
         **kwargs,
     ) -> ImagePromptModelOutput:
         """Run the language model over text and images.
@@ -344,15 +369,18 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
             encoder_attention_mask: (rows, image tokens), which of them a row has.
             image_index: (places,), which image of `pixel_values` stands at each place in the rows, for images that
                 several rows share; by default each has one place.
+            image_features: (images, rows * columns, feature_size), `get_image_features(...).last_hidden_state`,
+                instead of `pixel_values`: a frozen vision tower need not run for an image again.
 
         Raises:
             ValueError: for contradicting inputs, or more positions than the language model has.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        if pixel_values is not None and mm_encoder_outputs:
-            raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs`, not both.")
-        if encoder_hidden_states is not None and (self.config.fusion == "prefix" or pixel_values is not None):
+        has_images = pixel_values is not None or image_features is not None
+        if [pixel_values is not None, image_features is not None, bool(mm_encoder_outputs)].count(True) > 1:
+            raise ValueError("Pass one of `pixel_values`, `image_features` and `mm_encoder_outputs`.")
+        if encoder_hidden_states is not None and (self.config.fusion == "prefix" or has_images):
             raise ValueError(
                 "`encoder_hidden_states` are for `fusion='cross_attention'`, and stand instead of `pixel_values`."
             )
@@ -376,8 +404,9 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         image_tokens = None
         if mm_encoder_outputs:
             image_tokens = mm_encoder_outputs["image"].pooler_output
-        elif pixel_values is not None:
-            image_tokens = self.get_image_features(pixel_values, image_index, return_dict=True).pooler_output
+        elif has_images:
+            encoded = self.get_image_features(pixel_values, image_index, image_features, return_dict=True)
+            image_tokens = encoded.pooler_output
             if input_ids is not None:
                 torch_compilable_check(
                     (torch.eq(input_ids, self.config.image_token_id).sum(-1) % self.config.image_seq_length == 0).all(),
@@ -535,10 +564,14 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, ImagePromp
         return self.lm_head
 
     def get_image_features(
-        self, pixel_values: Tensor, image_index: Tensor | None = None, **kwargs
+        self,
+        pixel_values: Tensor | None = None,
+        image_index: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """See [`ImagePromptModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, image_index, **kwargs)
+        return self.model.get_image_features(pixel_values, image_index, image_features, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -555,6 +588,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, ImagePromp
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
+        image_features: Tensor | None = None,
         **kwargs,
     ) -> ImagePromptCausalLMOutput:
         """Next-token logits, and the loss when `labels` are given.
@@ -581,6 +615,7 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, ImagePromp
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             image_index=image_index,
+            image_features=image_features,
             return_dict=True,
             **kwargs,
         )

@@ -611,3 +611,26 @@ def test_the_blocks_of_the_generation_page_run(pair, tmp_path, monkeypatch):
         exec(compile(block, "generation.md", "exec"), namespace)
     assert namespace["chosen"] in namespace["answers"]
     assert namespace["answer"] in namespace["answers"]
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+def test_features_stand_in_for_images(tokenizer, fusion):
+    model, processor = lively(tokenizer, fusion=fusion)
+    model.eval()
+    inputs = batch_inputs(processor, [([picture(1)], "What?"), ([picture(2), picture(3)], "Two?")])
+    pixel_values = inputs.pop("pixel_values")
+    features = model.get_image_features(pixel_values).last_hidden_state
+    calls = count_tower_calls(model)
+    with torch.no_grad():
+        behind = model(**inputs, image_features=features).logits
+    greedy, beams = (new_tokens(model, inputs, image_features=features, num_beams=beams) for beams in (1, 3))
+    assert calls == []
+    assert max_difference(behind, model(**inputs, pixel_values=pixel_values).logits) <= 1e-5
+    assert greedy == new_tokens(model, inputs, pixel_values=pixel_values)
+    assert beams == new_tokens(model, inputs, pixel_values=pixel_values, num_beams=3)
+    shape = rf"have the shape \(images, {features.shape[1]}, {features.shape[2]}\), not"
+    with pytest.raises(ValueError, match=shape):
+        model(**inputs, image_features=features[:, :-1])
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="Pass one of `pixel_values`, `image_features` and `mm_encoder_outputs`"):
+            call(**inputs, pixel_values=pixel_values, image_features=features)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers.utils import logging
 
-from ..image_processing import open_image, to_mode
+from ..image_processing import ImageFeatures, open_image, to_mode
 from .sources import Source, load
 
 logger = logging.get_logger(__name__)
@@ -106,6 +106,7 @@ class Rows(TorchDataset):
         # A byte per row, in memory that data loading processes share: a row counts once, however often it is read.
         self._broken = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
         self._draws = Draws(seed)
+        self._features: Callable[[int], list[ImageFeatures]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """From now on, draw as in this epoch."""
@@ -201,9 +202,39 @@ class Rows(TorchDataset):
     def _read_images(self, index: int) -> dict[str, Any]:
         if self._images is None:
             return {}
-        value = self._images[self._locate(index)[0]][self.source.image_column]
+        row, _ = self._locate(index)
         with _naming(lambda: self.name(index)):
+            if self._features is not None:
+                return {"images": self._features(row)}
+            value = self._images[row][self.source.image_column]
             return _images(value, self.source.image_root, self.augment)
+
+    def image_digests(self) -> list[list[str]]:
+        """SHA-256 of the file of every image of every row of the data set; reads them all."""
+        if self._images is None:
+            return [[] for _ in range(len(self._texts))]
+        root = self.source.image_root
+        return [
+            [hashlib.sha256(_content(value, root)).hexdigest() for value in _as_list(values)]
+            for values in self._images[self.source.image_column]
+        ]
+
+    def read_image(self, row: int, number: int) -> Any:
+        """An image of a row of the data set, as it is stored.
+
+        Raises:
+            OSError, ValueError: if it cannot be read.
+        """
+        value = _as_list(self._images[row][self.source.image_column])[number]
+        return open_image(_file_or_bytes(value, self.source.image_root))
+
+    def use_features(self, features: Callable[[int], list[ImageFeatures]] | None) -> None:
+        """From now on, give features in the place of images; `None`: images again.
+
+        Args:
+            features: those of all images of a row of the data set; a ValueError if one is not there.
+        """
+        self._features = features
 
     def lengths(self) -> list[int]:
         """Characters of prompt and longest suffix of every row, for batches of rows of like length."""
@@ -236,7 +267,7 @@ class Rows(TorchDataset):
             except BrokenRow as error:
                 digest.update(repr(error).encode())
         for values in self._images[self.source.image_column] if self._images is not None else []:
-            for value in values if isinstance(values, list) else [values]:
+            for value in _as_list(values):
                 digest.update(_content(value, self.source.image_root))
         return digest.hexdigest()
 
@@ -551,6 +582,10 @@ def _images(value: Any, root: Path, augment: Augmentation | None) -> dict[str, A
     if isinstance(value, list):
         return {"images": [read(item) for item in value]}
     return {"image": read(value)}
+
+
+def _as_list(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [values]
 
 
 def _file_or_bytes(value: Any, root: Path) -> str | bytes:

@@ -58,7 +58,7 @@ class ModelArguments(LanguageModelArguments):
 
 @dataclass
 class LearningArguments:
-    """What learns: whole parts, or small adapters (LoRA) in place of them; and whether zeros stay."""
+    """What learns: whole parts, or small adapters (LoRA) in place of them; and what need not be computed again."""
 
     train_vision: bool | None = field(default=None, metadata={"help": "Whether the vision tower learns; as saved."})
     train_connector: bool | None = field(default=None, metadata={"help": "Whether the connector learns; as saved."})
@@ -68,6 +68,13 @@ class LearningArguments:
         metadata={
             "help": "Train LoRA adapters, and merge them at the end: fields of peft's LoraConfig, JSON: "
             '\'{"r": 16, "target_modules": ["c_attn"], "modules_to_save": ["connector"]}\'.'
+        },
+    )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the features that a frozen vision tower gives the training images: they are computed "
+            "once, for all epochs and runs."
         },
     )
     keep_zeros: bool = field(

@@ -4,11 +4,13 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import TrainerCallback
 
 from ..compression import KeepZeros
 from ..data import ImagePromptCollator
 from ..data.arguments import data_facts
+from ..data.feature_cache import cache_features, check_cacheable, without_features
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import json_object
 from ..processing import ImagePromptProcessor
@@ -83,10 +85,13 @@ def run_training(
     `training.json` says what it came from: data, options, metrics, broken rows, versions and machine, and which weights
     it is of. With LoRA, the folder holds the merged model, and `adapter/` the adapter.
     """
-    trainable = dict(model.config.trainable)
+    trainable, cache = dict(model.config.trainable), options.learning.feature_cache
     args, folder = options.training, Path(options.training.output_dir)
+    learning = choose_what_learns(model, options.learning)
+    if cache is not None:
+        check_cacheable(model, rows.train)
     trainer = ImagePromptTrainer(
-        choose_what_learns(model, options.learning),
+        learning,
         args,
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
@@ -94,7 +99,19 @@ def run_training(
         processing_class=processor,
         callbacks=learning_callbacks(options.learning),
     )
+    if cache is not None:
+        cache_features(
+            Path(cache).expanduser(),
+            trainer.plain_model,  # on its device
+            processor,
+            rows.train,
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+            batch_size=args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+        )
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if cache is not None:
+        without_features(rows.train)  # which the next stage may augment, or encode with a tower that learns
     if options.learning.lora is not None:
         trainer.save_model(str(folder / "adapter"))
         trainer.model = merge_lora(trainer.model, processor, trainable)

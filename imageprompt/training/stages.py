@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..data.feature_cache import check_cacheable
 from ..diagnosis.memory import build_on_meta
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import json_or_file
@@ -82,12 +83,15 @@ def read_stages(argv: Sequence[str], options: Arguments) -> list[Stage]:
     return stages
 
 
-def check_stages(stages: Sequence[Stage], model: ImagePromptForConditionalGeneration, resumes: str | None) -> None:
+def check_stages(
+    stages: Sequence[Stage], model: ImagePromptForConditionalGeneration, rows: TrainingRows, resumes: str | None
+) -> None:
     """Refuse what could not be trained in a later stage, before the first one starts.
 
     Args:
         stages: as [`read_stages`] gives them.
         model: the one that the first stage starts from.
+        rows: those that all stages train on.
         resumes: the option `--resume_from_checkpoint`.
 
     Raises:
@@ -96,6 +100,8 @@ def check_stages(stages: Sequence[Stage], model: ImagePromptForConditionalGenera
     for stage in stages:
         tried = build_on_meta(model.config)  # of the model's shape, without its weights
         refuse_rates_of_frozen_parts(choose_what_learns(tried, stage.options.learning), stage.options.training)
+        if stage.options.learning.feature_cache is not None:
+            check_cacheable(tried, rows.train)
         if stage.record.is_file() and (before := json.loads(stage.record.read_text())) != stage.settings:
             raise ValueError(f"{stage.folder} was trained with {before}, now --stages says {stage.settings}.")
     first = next((stage for stage in stages if not stage.is_finished), None)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(rows.train, (Rows, Mixture)):  # a stream would have to be read to its end
         check_lengths(rows.train, processor, options.data.max_length)
     if stages:
-        check_stages(stages, model, options.training.resume_from_checkpoint)
+        check_stages(stages, model, rows, options.training.resume_from_checkpoint)
         run_stages(stages, model, processor, rows, output_dir)
     else:
         if options.plan.search:

@@ -128,3 +128,14 @@ def test_a_folder_with_stages_is_neither_overwritten_nor_mixed_up(folders, run, 
 def test_nothing_to_resume_is_said(folders, tmp_path):
     with pytest.raises(ValueError, match=r"No whole checkpoint in .*stage-1-connector to resume from: there is none"):
         main(staged(folders, tmp_path / "run", [CONNECTOR], "--resume_from_checkpoint", "true"))
+
+
+def test_a_stage_with_a_tower_that_learns_has_no_feature_cache(folders, tmp_path):
+    stages = [CONNECTOR | {"feature_cache": str(tmp_path / "cache")}, {"train_vision": True, "max_steps": 2}]
+    main(staged(folders, tmp_path / "run", stages))
+    (_, before), (_, after) = (weights(tmp_path / "run" / name) for name in ("stage-1-connector", "stage-2"))
+    assert "vision_tower" in moved(before, after)
+    stages[1]["feature_cache"] = str(tmp_path / "cache")
+    with pytest.raises(ValueError, match="pass `--train_vision false`"):
+        main(staged(folders, tmp_path / "other", stages))
+    assert not (tmp_path / "other" / "stage-1-connector").exists()

@@ -282,3 +282,14 @@ def test_broken_rows_are_left_out_named_and_recorded(folders, tokenizer, tmp_pat
     assert "Left out: Row 3 of" in capsys.readouterr().out
     with pytest.raises(ValueError, match="1 broken rows of 6; the last: Row 3 of"):
         main([*options(folders, tmp_path / "strict"), *data, "--suffix_column", "caption", "--max_broken_rows", "0"])
+
+
+def test_training_with_a_cache_gives_the_same_model(folders, tmp_path):
+    frozen = ["--train_vision", "false", "--connector", "pool", "--max_steps", "4", "--seed", "3"]
+    cached = ["--feature_cache", str(tmp_path / "cache")]
+    main(options(folders, tmp_path / "plain", *frozen))
+    main(options(folders, tmp_path / "cached", *frozen, *cached, "--dataloader_num_workers", "1"))
+    plain, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "cached"))
+    assert max(max_difference(plain[name], other[name]) for name in plain) <= 1e-5
+    about = json.loads((tmp_path / "cache" / "about.json").read_text())
+    assert about["backbone"] == "test_resnet" and len((tmp_path / "cache" / "images.txt").read_text().split()) == 8
