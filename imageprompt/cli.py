@@ -72,7 +72,7 @@ def generate(
     ] = None,
 ) -> None:
     """Print one line per image: its name, a tab, and what the model says."""
-    from .generating import find_images, generate_texts
+    from .generating import default_length, find_images, generate_texts
     from .modeling import ImagePromptForConditionalGeneration
     from .processing import ImagePromptProcessor
 
@@ -80,10 +80,7 @@ def generate(
     loaded = ImagePromptForConditionalGeneration.from_pretrained(model, device_map="auto")
     processor = ImagePromptProcessor.from_pretrained(model)
     processor.check_model(loaded)
-    own = loaded.generation_config
-    if max_new_tokens is None and own.max_new_tokens is None and own.max_length is None:
-        max_new_tokens = 30
-    settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    settings = default_length(loaded, _given(max_new_tokens=max_new_tokens, num_beams=num_beams))
     answers = generate_texts(
         loaded,
         processor,
@@ -91,10 +88,51 @@ def generate(
         prompt,
         batch_size=batch_size,
         progress=len(files) > batch_size,
-        **{name: value for name, value in settings.items() if value is not None},
+        **settings,
     )
     for file, answer in zip(files, answers, strict=True):
         typer.echo(f"{file}\t{answer}")
+
+
+@app.command()
+def caption(
+    model: Annotated[str, typer.Argument(help="Saved model: a local folder or Hub id.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders with all folders in them, or URLs.")],
+    output: Annotated[Path, typer.Option(help="JSON lines file; a stopped run goes on with it.")] = Path(
+        "captions.jsonl"
+    ),
+    prompt: Annotated[str, typer.Option(help="Text before every caption.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Images captioned at once.", min=1)] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that read images meanwhile.", min=0)] = 2,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="In which to compute; as it was saved.")
+    ] = "auto",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest caption, in tokens; by default the model's own, or 30.", min=1)
+    ] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(help="Beams; 1 is greedy search; by default the model's own.", min=1)
+    ] = None,
+) -> None:
+    """Caption folders of any size into a file, which is written as captions come."""
+    from .captioning import caption_images
+    from .generating import find_images
+
+    done = caption_images(
+        model,
+        find_images(images, recursive=True),
+        output,
+        prompt,
+        batch_size=batch_size,
+        num_workers=workers,
+        dtype=dtype,
+        progress=True,
+        **_given(max_new_tokens=max_new_tokens, num_beams=num_beams),
+    )
+    typer.echo(f"{done.captions:,} captions in {output}.")
+    if done.errors:
+        typer.echo(f"{done.errors:,} images could not be read: {output} says why. Run the same again to retry.")
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -318,6 +356,11 @@ def convert_vision_encoder_decoder(
         lambda: convert_vision_encoder_decoder(source, revision=revision),
         "Greedy and beam captions are the same. Logits differ from transformers' VisionEncoderDecoderModel's",
     )
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """Those that are not left to their defaults."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _save_conversion(output: Path, convert: "Callable[[], Conversion]", said: str) -> None:

@@ -604,6 +604,8 @@ class ImagePromptForConditionalGeneration(ImagePromptPreTrainedModel, ImagePromp
             ValueError: as [`ImagePromptModel.forward`]; and if `labels` supervise nothing.
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        if labels is not None and past_key_values is None:
+            kwargs.setdefault("use_cache", False)  # nothing follows; and with a cache the library sees no packed rows
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

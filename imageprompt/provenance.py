@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 _PACKAGES = ("imageprompt", "pillow", "timm", "torch", "torchvision", "transformers")
 
@@ -39,6 +40,13 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }
+
+
+def model_folder(model: str) -> Path:
+    """Where a model's files are; those of a Hub model are fetched."""
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, allow_patterns=[name for names in MODEL_FILES.values() for name in names]))
 
 
 def model_digests(folder: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import pytest
 from conftest import picture, tiny
 
-from imageprompt.generating import find_images, generate_texts
+from imageprompt.generating import find_images, generate_texts, stream_texts
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,21 @@ def test_images_may_come_from_a_generator(parts):
 
 
 def test_prompts_must_match_images(parts):
-    with pytest.raises(ValueError, match="2 prompts for 1 images"):
-        generate_texts(*parts, [picture()], ["A", "B"])
+    for texts_of in (generate_texts, lambda *args: list(stream_texts(*args))):
+        with pytest.raises(ValueError, match="2 prompts for 1 images"):
+            texts_of(*parts, [picture()], ["A", "B"])
+
+
+def test_prompts_of_like_length_are_answered_together(parts, tmp_path):
+    model, processor = parts
+    files = [str(tmp_path / f"{seed}.png") for seed in range(4)]
+    for seed, file in enumerate(files):
+        picture(seed).save(file)
+    prompts = ["Two cats on a red sofa.", "A", "What is it? It is the number", "It"]
+    streamed = list(stream_texts(model, processor, files, prompts, batch_size=2, max_new_tokens=4))
+    assert {number for number, _ in streamed[:2]} == {1, 3}
+    expected = generate_texts(model, processor, files, prompts, max_new_tokens=4)
+    assert [text for _, text in sorted(streamed)] == expected
 
 
 def test_folders_are_listed_by_name_and_wrong_paths_named(tmp_path):

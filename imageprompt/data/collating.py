@@ -8,6 +8,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.utils import logging
 
 from ..processing import ImagePromptProcessor, holds_images
+from .packing import pack
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +27,9 @@ class ImagePromptCollator:
     Args:
         processor: the model's processor.
         max_length: trims the suffix of rows that are longer than so many tokens, images included.
+        pack_length: lays rows one behind the other, in their order, up to so many tokens in a line, instead of padding
+            each; none sees another. A longer row has a line for itself. See [`imageprompt.data.packing`] for which
+            models.
 
     Raises:
         ValueError: if a row has no `suffix` (the columns found are named), not as many prompts as suffixes, or both
@@ -34,9 +38,13 @@ class ImagePromptCollator:
 
     processor: ImagePromptProcessor
     max_length: int | None = None
+    pack_length: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchFeature:
-        """Rows to `input_ids`, `attention_mask` and `labels`, (rows, positions), and `pixel_values`."""
+        """Rows to `input_ids`, `attention_mask` and `labels`, (rows, positions), and `pixel_values`.
+
+        Packed, `position_ids` stand in place of the mask: each row's begin with 0.
+        """
         for index, row in enumerate(rows):
             if row.get("suffix") is None:
                 raise ValueError(
@@ -50,7 +58,7 @@ class ImagePromptCollator:
                 logger.warning_once(f"Not used for training: {', '.join(unused)}. Used: {', '.join(sorted(COLUMNS))}.")
         samples = [sample for index, row in enumerate(rows) for sample in _samples(index, row)]
         images, texts, suffixes = (list(column) for column in zip(*samples, strict=True))
-        return self.processor(
+        batch = self.processor(
             images=images,
             text=texts,
             suffix=suffixes,
@@ -60,6 +68,7 @@ class ImagePromptCollator:
             max_length=self.max_length,
             return_tensors="pt",
         )
+        return batch if self.pack_length is None else pack(batch, self.pack_length)
 
 
 def _samples(index: int, row: dict[str, Any]) -> list[tuple[list[Any], str, str]]:

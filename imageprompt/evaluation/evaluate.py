@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import snapshot_download
 from pycocoevalcap.cider.cider import Cider
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
@@ -25,7 +24,7 @@ from ..data.sources import Source
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import spell_out_recipe
 from ..processing import ImagePromptProcessor
-from ..provenance import MODEL_FILES, model_digests, provenance
+from ..provenance import model_digests, model_folder, provenance
 from .captions import caption_scores, java_caption_scores, tokenize_caption
 from .learnt import find_learnt_rows
 from .pictures import save_confusion, save_grid
@@ -112,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_rows(source, args.split, draw=False, max_broken=args.max_broken_rows)
     if args.picture and not source.has_images:
         raise ValueError("`--picture` shows images, and `--image_column none` says that there are none.")
-    folder = _model_folder(args.model)
+    folder = model_folder(args.model)
     if learnt := find_learnt_rows(folder, source, args.split):
         logger.warning(
             f"{args.model} was trained on {learnt}. Rows of {args.split} (shuffle_rows {source.shuffle_rows}) are "
@@ -207,13 +206,6 @@ def _constant_captions(source: Source, args: EvaluationArguments) -> list[str]:
         except BrokenRow:
             continue
     return captions[:: max(1, len(captions) // args.constants)]
-
-
-def _model_folder(model: str) -> Path:
-    """Where a model's files are; those of a Hub model are fetched."""
-    if Path(model).is_dir():
-        return Path(model)
-    return Path(snapshot_download(model, allow_patterns=[name for names in MODEL_FILES.values() for name in names]))
 
 
 def _plain(value: Any) -> Any:

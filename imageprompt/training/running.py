@@ -11,6 +11,7 @@ from ..compression import KeepZeros
 from ..data import ImagePromptCollator
 from ..data.arguments import data_facts
 from ..data.feature_cache import cache_features, check_cacheable, without_features
+from ..data.packing import check_packable
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import json_object
 from ..processing import ImagePromptProcessor
@@ -90,12 +91,14 @@ def run_training(
     learning = choose_what_learns(model, options.learning)
     if cache is not None:
         check_cacheable(model, rows.train)
+    if options.data.pack_length is not None:
+        check_packable(model)
     trainer = ImagePromptTrainer(
         learning,
         args,
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
-        data_collator=ImagePromptCollator(processor, max_length=options.data.max_length),
+        data_collator=ImagePromptCollator(processor, options.data.max_length, options.data.pack_length),
         processing_class=processor,
         callbacks=learning_callbacks(options.learning),
     )

@@ -125,7 +125,7 @@ def search(
         model_init=lambda: choose_what_learns(build()[0], options.learning),
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
-        data_collator=ImagePromptCollator(processor, max_length=options.data.max_length),
+        data_collator=ImagePromptCollator(processor, options.data.max_length, options.data.pack_length),
         processing_class=processor,
         callbacks=learning_callbacks(options.learning),
     )

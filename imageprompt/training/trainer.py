@@ -4,6 +4,7 @@ Each part may have its own learning rate, batches may hold rows of like length, 
 answers.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from ..cards import CardFacts
+from ..data import ImagePromptCollator
 from ..modeling import ImagePromptForConditionalGeneration
 from ..pushing import push_folder
 from ..sharing import refuse_other_visibility
@@ -175,6 +177,16 @@ class ImagePromptTrainer(SteadyTrainer):
     @property
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """As the library's. Rows are packed in training only: evaluations average over rows."""
+        collator = self.data_collator
+        if isinstance(collator, ImagePromptCollator):
+            self.data_collator = replace(collator, pack_length=None)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     # --- generated metrics
 
