@@ -15,6 +15,7 @@ PAGE = (RESULTS.parent / "results.md").read_text()
 # What is asked, and the score that counts.
 ANSWERS = {
     "mnist": ("MNIST", "Which digit is this?", "accuracy"),
+    "cifar10": ("CIFAR-10", "What is this?", "accuracy"),
     "easy_vqa": ("easy-VQA", "the row's question", "exact_match"),
 }
 
