@@ -71,6 +71,7 @@ PYTHON_ELSEWHERE = [
 ]
 # Each kind of command, tried below or where its page is tested.
 COMMANDS_TRIED = [
+    ["imageprompt", "caption"],
     ["imageprompt", "compress"],
     ["imageprompt", "evaluate"],
     ["imageprompt", "export"],

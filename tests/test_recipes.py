@@ -51,8 +51,8 @@ def test_a_recipe_goes_from_a_folder_to_a_scored_model(page, tokenizer, tmp_path
             if action == "train":
                 arguments = re.sub(r" --augment(?= )", "", " ".join(map(shlex.quote, arguments)))
                 train(instead_of_pretrained(shlex.split(arguments)))
-            elif action == "generate":
-                assert CliRunner().invoke(app, ["generate", *arguments, "--max-new-tokens", "2"]).exit_code == 0
+            elif action in ("generate", "caption"):
+                assert CliRunner().invoke(app, [action, *arguments, "--max-new-tokens", "2"]).exit_code == 0
             else:
                 assert action == "evaluate"
                 evaluate(arguments)
