@@ -8,14 +8,19 @@ so that its peak memory is its own, and the processes take turns, one repeat eac
 falls on all alike: what counts is the ratio of the medians. `--quick` takes tiny models, to see that all runs.
 """
 
+import atexit
 import json
 import multiprocessing
 import resource
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,7 +141,7 @@ class Contestant(ABC):
     def train(self) -> Callable[[], Any]:
         """A training step: as the Trainer does it, with fp32 weights, under autocast for bf16."""
         model, batch = self.model.train(), self.labelled()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
         def step() -> None:
             with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
@@ -147,6 +152,15 @@ class Contestant(ABC):
 
         return step
 
+    def cold_start(self) -> Callable[[], Any]:
+        """A new Python process that imports the class and loads a saved model."""
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder)
+        self.model.to(self.dtype).save_pretrained(folder)
+        package, name = type(self.model).__module__.split(".")[0], type(self.model).__name__
+        code = f"from {package} import {name}; {name}.from_pretrained({folder!r})"
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
     def generate(self) -> Callable[[], Any]:
         """Captions of a batch of images, of just so many tokens."""
         model, inputs, count = self.to_answer(), self.inputs(self.text[:, :1]), self.sizes.new_tokens
@@ -155,6 +169,8 @@ class Contestant(ABC):
 
 class Ours(Contestant):
     """imageprompt, with a two-layer MLP as connector."""
+
+    features: torch.Tensor | None = None  # of the images, once they are encoded
 
     def build(self):
         config = ImagePromptConfig.from_backbones(
@@ -216,6 +232,48 @@ class OursPooled(Ours):
     def image_tokens(self):
         return self.sizes.patches // 4
 
+    def train_frozen(self) -> Callable[[], Any]:
+        """As `train`, with a tower that does not learn."""
+        self.model.set_trainable(vision=False)
+        return self.train()
+
+    def train_connector(self) -> Callable[[], Any]:
+        """As `train`, with a connector that learns alone."""
+        self.model.set_trainable(vision=False, text=False)
+        return self.train()
+
+    def train_frozen_from_features(self) -> Callable[[], Any]:
+        """As `train_frozen`, from the second epoch on with `--feature_cache`."""
+        self._encode_once()
+        return self.train_frozen()
+
+    def train_connector_from_features(self) -> Callable[[], Any]:
+        """As `train_connector`, from the second epoch on with `--feature_cache`."""
+        self._encode_once()
+        return self.train_connector()
+
+    def _encode_once(self) -> None:
+        with torch.inference_mode():
+            features = self.model.get_image_features(self.pixels).last_hidden_state
+        self.features = features.clone()
+
+    def inputs(self, text):
+        inputs = super().inputs(text)
+        if self.features is not None:
+            del inputs["pixel_values"]
+            inputs["image_features"] = self.features
+        return inputs
+
+
+class OursSmallText(OursPooled):
+    """As `OursPooled`, with a large tower (ViT-L/16) and a small language model."""
+
+    def __init__(self, sizes: Sizes, dtype: str, device: str):
+        if sizes is FULL:
+            large = {"backbone": "vit_large_patch16_224", "vision_width": 1024, "vision_layers": 24, "vision_heads": 16}
+            sizes = replace(sizes, **large, text_width=384, text_layers=6, text_heads=6)
+        super().__init__(sizes, dtype, device)
+
 
 class Llava(Contestant):
     """transformers' LLaVA: a CLIP-style ViT, every patch through a two-layer MLP, an untied head."""
@@ -246,6 +304,11 @@ class EncoderDecoder(Contestant):
 
     def labelled(self):
         return self.inputs(self.text) | {"labels": self.text}
+
+    def train_frozen(self) -> Callable[[], Any]:
+        """As `train`, with an encoder that does not learn."""
+        self.model.encoder.requires_grad_(False)
+        return self.train()
 
 
 class Loop(Contestant):
@@ -337,11 +400,25 @@ def _decoding(model: torch.nn.Module, cache: Any, mask: torch.Tensor) -> Callabl
     return step
 
 
-CONTESTANTS = {kind.__name__: kind for kind in (Ours, OursPooled, Llava, EncoderDecoder, Loop, Gpt2, Gemms)}
+KINDS = (Ours, OursPooled, OursSmallText, Llava, EncoderDecoder, Loop, Gpt2, Gemms)
+CONTESTANTS = {kind.__name__: kind for kind in KINDS}
 # Who does what; the first is what the others are compared with.
 WORKS: dict[str, list[tuple[str, str]]] = {
     "train, all image tokens": [("Ours", "train"), ("Llava", "train")],
     "train, a quarter of the tokens": [("OursPooled", "train"), ("EncoderDecoder", "train")],
+    "train, a frozen tower": [
+        ("OursPooled", "train_frozen"),
+        ("EncoderDecoder", "train_frozen"),
+        ("OursPooled", "train_frozen_from_features"),
+    ],
+    "train, the connector alone": [
+        ("OursPooled", "train_connector"),
+        ("OursPooled", "train_connector_from_features"),
+    ],
+    "train, a frozen tower larger than the text": [
+        ("OursSmallText", "train_frozen"),
+        ("OursSmallText", "train_frozen_from_features"),
+    ],
     "generate": [(name, "generate") for name in ("OursPooled", "Ours", "Llava", "EncoderDecoder", "Loop")],
     "decode a token": [("Ours", "decode"), ("Gpt2", "decode"), ("Gemms", "decode")],
     "questions about one image": [
@@ -349,6 +426,7 @@ WORKS: dict[str, list[tuple[str, str]]] = {
         ("Ours", "questions_behind_a_prefix"),
         ("Ours", "questions_one_by_one"),
     ],
+    "cold start": [("Ours", "cold_start"), ("Llava", "cold_start"), ("EncoderDecoder", "cold_start")],
 }
 
 
