@@ -54,7 +54,7 @@ DECODING = {"num_beams": 3, "max_new_tokens": 30}
 
 # What changes may change: of all captioners, then of each.
 COMMON: dict[str, Any] = {
-    "image_size": 64,
+    "image_size": 48,
     "warmup": 0.05,
     "weight_decay": 0.05,
     "augment": {},
@@ -63,9 +63,9 @@ COMMON: dict[str, Any] = {
 VIT = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours": {
-        "batch_size": 32,
-        "learning_rate": 2e-3,
-        "texts_per_image": 1,
+        "batch_size": 16,
+        "learning_rate": 1.5e-3,
+        "texts_per_image": 3,
         "vision": "resnet10t",
         "model_args": {"stem_width": 16},
         "feature_layer": None,
@@ -261,7 +261,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 def main(
     data: Annotated[Path, typer.Argument(help="Folder that holds flickr8k.")],
     output: Annotated[Path, typer.Option(help="JSON file; what is in it is not computed again.")],
-    minutes: Annotated[float, typer.Option(help="CPU time for training each model.")] = 8,
+    minutes: Annotated[float, typer.Option(help="CPU time for training each model.")] = 6,
     seeds: Annotated[int, typer.Option(help="Runs of each model, with the seeds 0, 1, …")] = 3,
     captioners: Annotated[str, typer.Option(help="Which, with commas between.")] = "ours,ved,llava",
     changes: Annotated[Path | None, typer.Option(help="JSON list of changes of `SETTINGS`, each tried alone.")] = None,
