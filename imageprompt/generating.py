@@ -88,9 +88,9 @@ def stream_texts(
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: pass one for all, or one for each.")
     lengths = {text: len(processor.tokenizer(text).input_ids) for text in set(prompts)}
     order = sorted(range(len(images)), key=lambda index: lengths[prompts[index]])
-    items = [(index, images[index], prompts[index]) for index in order]
+    items: Any = [(index, images[index], prompts[index]) for index in order]
     model.eval()
-    loader = DataLoader(items, batch_size, num_workers=num_workers, collate_fn=partial(_read, processor))
+    loader: DataLoader = DataLoader(items, batch_size, num_workers=num_workers, collate_fn=partial(_read, processor))
     for inputs, places, errors in loader:
         yield from errors
         if places:

@@ -5,11 +5,19 @@
 The contestants are in `CONTESTANTS`, what they do in `WORKS`. All have random weights of the same sizes (ViT-S/16 at
 224 pixels with GPT-2's 124 million parameters), the same batch and the same dtype. Each runs in a process of its own,
 so that its peak memory is its own, and the processes take turns, one repeat each, so that what else the machine does
-falls on all alike: what counts is the ratio of the medians. `--quick` takes tiny models, to see that all runs.
+falls on all alike: what counts is the ratio of the medians. A picture of the ratios is drawn beside the file.
+
+For a GPU, larger ones, and how much of its arithmetic is used (of the peak that its maker states, 989 TFLOP/s for an
+H100 in bf16):
+
+    python scripts/benchmark.py --large --dtypes bf16 --peak-tflops 989 --output docs/speed/gpu.json
+
+`--quick` takes tiny models, to see that all runs; no time is looked at.
 """
 
 import atexit
 import json
+import math
 import multiprocessing
 import resource
 import shutil
@@ -27,6 +35,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import (
     CLIPVisionConfig,
@@ -85,7 +94,18 @@ class Sizes:
         }
 
 
-FULL = Sizes()
+REFERENCE = Sizes()
+# ViT-L/16 and GPT-2 medium.
+LARGE = Sizes(
+    backbone="vit_large_patch16_224",
+    vision_width=1024,
+    vision_layers=24,
+    vision_heads=16,
+    text_width=1024,
+    text_layers=24,
+    text_heads=16,
+    batch=64,
+)
 QUICK = Sizes(
     backbone="vit_tiny_patch16_224",
     image_size=64,
@@ -269,9 +289,9 @@ class OursSmallText(OursPooled):
     """As `OursPooled`, with a large tower (ViT-L/16) and a small language model."""
 
     def __init__(self, sizes: Sizes, dtype: str, device: str):
-        if sizes is FULL:
-            large = {"backbone": "vit_large_patch16_224", "vision_width": 1024, "vision_layers": 24, "vision_heads": 16}
-            sizes = replace(sizes, **large, text_width=384, text_layers=6, text_heads=6)
+        if sizes.backbone != QUICK.backbone:
+            text = {"text_width": 384, "text_layers": 6, "text_heads": 6}
+            sizes = replace(LARGE, batch=sizes.batch, **text)
         super().__init__(sizes, dtype, device)
 
 
@@ -434,8 +454,10 @@ def _serve(pipe: Any, name: str, method: str, sizes: Sizes, dtype: str, device: 
     """A contestant's process: one repeat for every message, answered with its seconds and the peak memory so far."""
     torch.set_num_threads(threads)
     work = getattr(CONTESTANTS[name](sizes, dtype, device), method)()
-    work()  # not timed: allocations and kernels' first calls
-    pipe.send("ready")
+    with FlopCounterMode(display=False) as counter:
+        work()  # not timed: allocations and kernels' first calls
+    pipe.send(counter.get_total_flops())
+    work()  # without the counter
     while pipe.recv():
         started = time.perf_counter()
         work()
@@ -451,7 +473,8 @@ def _peak() -> int:
 
 
 def compare(work: str, sizes: Sizes, dtype: str, device: str, repeats: int, threads: int) -> list[dict[str, Any]]:
-    """All contestants of a work, in turns: (median, lowest and highest) seconds, and peak bytes of the process."""
+    """All contestants of a work, in turns: (median, lowest and highest) seconds, peak bytes of the process, and the
+    floating-point operations of its matrix products, convolutions and attention."""
     context = multiprocessing.get_context("spawn")
     contests = []
     for name, method in WORKS[work]:
@@ -461,8 +484,8 @@ def compare(work: str, sizes: Sizes, dtype: str, device: str, repeats: int, thre
         )
         process.start()
         theirs.close()
-        ours.recv()  # an EOFError if it could not be built
-        contests.append((name, method, ours, process))
+        flops = ours.recv()  # an EOFError if it could not be built
+        contests.append((name, method, flops, ours, process))
     seconds: list[list[float]] = [[] for _ in contests]
     peaks = [0] * len(contests)
     for _ in tqdm(range(repeats), desc=f"{work}, {dtype}"):
@@ -484,46 +507,75 @@ def compare(work: str, sizes: Sizes, dtype: str, device: str, repeats: int, thre
             "times_the_first": statistics.median(taken) / first,
             "peak_bytes": peak,
             "peak_times_the_first": peak / peaks[0],
+            "flops": flops,
         }
-        for (name, method, *_), taken, peak in zip(contests, seconds, peaks, strict=True)
+        for (name, method, flops, *_), taken, peak in zip(contests, seconds, peaks, strict=True)
     ]
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row for each contestant of each work."""
     lines = [
-        "| work | dtype | contestant | seconds (lowest to highest) | times the first | peak GB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| work | dtype | contestant | seconds (lowest to highest) | times the first | peak GB | TFLOP/s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry in results:
         seconds = entry["seconds"]
         lines.append(
             f"| {entry['work']} | {entry['dtype']} | {entry['contestant']}: {entry['method']} "
             f"| {seconds['median']:.3g} ({seconds['lowest']:.3g} to {seconds['highest']:.3g}) "
-            f"| {entry['times_the_first']:.2f} | {entry['peak_bytes'] / 1e9:.1f} |"
+            f"| {entry['times_the_first']:.2f} | {entry['peak_bytes'] / 1e9:.1f} "
+            f"| {entry['flops'] / seconds['median'] / 1e12:.3g} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """A picture of how many times the first contestant's seconds each takes, a panel for each work."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((entry["work"], entry["dtype"]) for entry in results))
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(12, 1 + 1.6 * rows), layout="constrained")
+    for axes, panel in zip(figure.subplots(rows, 2, squeeze=False).flat, panels, strict=False):
+        entries = [entry for entry in results if (entry["work"], entry["dtype"]) == panel][::-1]
+        names = [f"{entry['contestant']}: {entry['method']}" for entry in entries]
+        bars = axes.barh(names, [entry["times_the_first"] for entry in entries])
+        axes.bar_label(bars, fmt="%.2f", padding=2)
+        axes.axvline(1, color="grey", linewidth=0.5)
+        axes.set_title(", ".join(panel), fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.margins(x=0.15)
+    figure.savefig(path, dpi=120)
+
+
 def main(
-    output: Annotated[Path, typer.Option(help="JSON file for the results.")],
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results; a picture is beside it.")] = None,
     works: Annotated[str, typer.Option(help="Which, with commas between: parts of their names.")] = "",
     dtypes: Annotated[str, typer.Option(help="Which, with commas between.")] = "fp32,bf16",
     repeats: Annotated[int, typer.Option(help="Of each work and contestant.")] = 7,
-    quick: Annotated[bool, typer.Option(help="Tiny models: to see that all runs, not how fast.")] = False,
+    large: Annotated[bool, typer.Option("--large", help="ViT-L/16 and GPT-2 medium, for a GPU.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny models: to see that all runs, not how fast.")] = False,
+    peak_tflops: Annotated[float | None, typer.Option(help="Of the device, to say how much of it is used.")] = None,
 ) -> None:
     """Time all, write the results after each work, and print them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes, threads = QUICK if quick else FULL, torch.get_num_threads()
+    sizes, threads = QUICK if quick else LARGE if large else REFERENCE, torch.get_num_threads()
     chosen = [work for work in WORKS if not works or any(part and part in work for part in works.split(","))]
-    result: dict[str, Any] = {"sizes": asdict(sizes), "device": device, "threads": threads, "repeats": repeats}
-    result["runs"] = []
+    result: dict[str, Any] = {"sizes": asdict(sizes), "threads": threads, "repeats": repeats, "runs": []}
+    result["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     for work in chosen:
         for dtype in dtypes.split(","):
-            result["runs"] += compare(work, sizes, dtype, device, repeats, threads)
+            runs = compare(work, sizes, dtype, device, repeats, threads)
+            for entry in runs if peak_tflops is not None else []:
+                entry["model_flops_utilization"] = entry["flops"] / entry["seconds"]["median"] / 1e12 / peak_tflops
+            result["runs"] += runs
             result |= provenance()
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(result, indent=2) + "\n")
+            if output is not None:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text(json.dumps(result, indent=2) + "\n")
+    if output is not None:
+        draw(result["runs"], output.with_suffix(".png"))
     print(table(result["runs"]))
 
 

@@ -242,7 +242,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
         return f"{sum(values) / len(values):{form}}{spread}"
 
-    rows = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for entry in runs:
         changes = ", ".join(f"{key}: {json.dumps(value)}" for key, value in entry["changes"].items())
         rows.setdefault(f"{entry['captioner']}{changes and f' `{changes}`'}", []).append(entry)

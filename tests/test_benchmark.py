@@ -99,9 +99,14 @@ def test_the_floor_does_the_matrix_products_of_a_decoding_step():
 def test_the_command_writes_what_it_measured(tmp_path):
     output = tmp_path / "found" / "benchmark.json"
     options = ["--quick", "--works", "decode", "--dtypes", "fp32", "--repeats", "2", "--output", str(output)]
+    options += ["--peak-tflops", "1"]
     printed = subprocess.run([sys.executable, SCRIPT, *options], check=True, capture_output=True, text=True).stdout
     found = json.loads(output.read_text())
     assert [run["contestant"] for run in found["runs"]] == [name for name, _ in WORKS["decode a token"]]
     assert all(run["seconds"]["lowest"] > 0 and run["peak_bytes"] > 1e8 for run in found["runs"])
     assert found["runs"][0]["times_the_first"] == 1
+    ours, gpt2, gemms = found["runs"]
+    assert ours["flops"] >= gpt2["flops"] > gemms["flops"] > 0
+    assert gemms["model_flops_utilization"] == pytest.approx(gemms["flops"] / gemms["seconds"]["median"] / 1e12)
+    assert output.with_suffix(".png").stat().st_size > 1000
     assert BENCHMARK["table"](found["runs"]) in printed

@@ -66,7 +66,8 @@ def check_packable(model: ImagePromptForConditionalGeneration) -> None:
     advice = "leave out `--pack_length`, and group rows by length (`--train_sampling_strategy group_by_length`)."
     if model.config.fusion != "prefix":
         raise ValueError(f"Rows in one line would see each other's images with `fusion='cross_attention'`: {advice}")
-    rows = torch.arange(12, device=model.device).view(4, 3) % min(12, model.config.image_token_id)
+    words = min(12, int(model.config.image_token_id))  # ids before the placeholder's
+    rows = torch.arange(12, device=model.device).view(4, 3) % words
     packed = rows.view(2, 6)
     positions = torch.arange(3, device=model.device).repeat(2, 2)
     with evaluating(model):
