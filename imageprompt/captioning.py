@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .generating import default_length, stream_texts
 from .modeling import ImagePromptForConditionalGeneration
 from .processing import ImagePromptProcessor
-from .provenance import model_digests, model_folder, provenance
+from .provenance import differences, model_digests, model_folder, provenance
 
 
 class Captioned(NamedTuple):
@@ -90,10 +90,10 @@ def _captions_of(output: Path, about: dict[str, Any]) -> set[str]:
         return set()
     if not origin.exists():
         raise ValueError(f"{output} is there already and no captions of imageprompt's: name another --output.")
-    found = json.loads(origin.read_text())
-    if different := [key for key in about if found.get(key) != about[key]]:
-        told = "; ".join(f"{key} {found.get(key)} there, {about[key]} now" for key in different)
-        raise ValueError(f"{output} was written otherwise: {told}. Name another --output, or delete that one.")
+    if different := differences(json.loads(origin.read_text()), about):
+        raise ValueError(
+            f"{output} was written otherwise, with {'; '.join(different)}. Name another --output, or delete that one."
+        )
     # What stands behind the last line's end was being written when the run was stopped.
     lines = output.read_text(encoding="utf-8").split("\n")[:-1]
     try:

@@ -62,6 +62,17 @@ def model_digests(folder: Path) -> dict[str, str]:
     return digests
 
 
+def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """Each setting in which a file's origin is not the one wanted, by its name, with both values."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return [
+            difference
+            for key in sorted(found.keys() | wanted.keys())
+            for difference in differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if found == wanted else [f"{name} {found!r} instead of {wanted!r}"]
+
+
 def is_weights(name: str) -> bool:
     """Whether `from_pretrained` takes a file of this name for (a part of) a model's weights."""
     return _WEIGHTS.fullmatch(name) is not None

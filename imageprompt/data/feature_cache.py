@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from ..image_processing import ImageFeatures, ImagePromptImageProcessor
 from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
-from ..provenance import provenance
-from .rows import Mixture, Rows
+from ..provenance import differences, provenance
+from .rows import Mixture, Rows, parts_of
 
 # Libraries that decode, resize and compute.
 _LIBRARIES = ("pillow", "timm", "torch", "torchvision")
@@ -80,7 +80,7 @@ def check_cacheable(model: ImagePromptForConditionalGeneration, rows: Any) -> li
     """
     if any(parameter.requires_grad for parameter in model.model.vision_tower.parameters()):
         raise ValueError("Features are kept of a vision tower only that does not learn: pass `--train_vision false`.")
-    parts = list(rows.parts.values()) if isinstance(rows, Mixture) else [rows]
+    parts = parts_of(rows)
     for part in parts:
         if not isinstance(part, Rows):
             raise ValueError("Features are not kept of a stream, whose images are not known: leave out `--streaming`.")
@@ -94,7 +94,7 @@ def check_cacheable(model: ImagePromptForConditionalGeneration, rows: Any) -> li
 
 def without_features(rows: Any) -> None:
     """Let rows give images again."""
-    for part in rows.parts.values() if isinstance(rows, Mixture) else [rows]:
+    for part in parts_of(rows):
         part.use_features(None)
 
 
@@ -213,12 +213,10 @@ class FeatureCache:
                 raise ValueError(f"{self.folder} holds something else ({', '.join(strangers[:3])}): name a new folder.")
             file.write_text(json.dumps(about, indent=2) + "\n")
             return
-        found = json.loads(file.read_text())
-        if different := [key for key in about if found.get(key) != about[key]]:
-            told = "; ".join(f"{key} {found.get(key)} there, {about[key]} now" for key in different)
+        if different := differences(json.loads(file.read_text()), about):
             raise ValueError(
-                f"The features in {self.folder} are not what this model would compute: {told}. Name another folder, or "
-                "delete this one."
+                f"The features in {self.folder} are not what this model would compute, with {'; '.join(different)}. "
+                "Name another folder, or delete this one."
             )
 
     @property

@@ -342,6 +342,11 @@ class Mixture(TorchDataset):
         return lengths
 
 
+def parts_of(rows: Any) -> list[Any]:
+    """The rows of every source: of a mixture, its parts; else the rows themselves."""
+    return list(rows.parts.values()) if isinstance(rows, Mixture) else [rows]
+
+
 def read_rows(
     source: Source,
     split: str,

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..provenance import differences
+
 Record = dict[str, Any]
 
 
@@ -43,7 +45,7 @@ class Predictions:
             raise ValueError(f"{path} is no file of predictions: {error}. {_MEND}") from error
         if not in_order:
             raise ValueError(f"{path} does not hold the rows one after the other. {_MEND}")
-        different = _differences(found, json.loads(heading))
+        different = differences(found, json.loads(heading))
         if different and not records:
             path.write_text(heading, encoding="utf-8")
             return
@@ -67,14 +69,3 @@ _MEND = "Choose another `--output`, or pass `--restart` to begin anew."
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"
-
-
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    """Each setting that differs, by its name, with both values."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return [
-            difference
-            for key in sorted(found.keys() | wanted.keys())
-            for difference in _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if found == wanted else [f"{name} {found!r} instead of {wanted!r}"]

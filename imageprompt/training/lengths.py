@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-from ..data.rows import BrokenRow, Mixture, Rows
+from ..data.rows import BrokenRow, Mixture, Rows, parts_of
 from ..processing import ImagePromptProcessor
 
 
@@ -15,7 +15,7 @@ def check_lengths(rows: Rows | Mixture, processor: ImagePromptProcessor, max_len
     Raises:
         ValueError: naming the first row with too many tokens, or with the placeholder of images in its texts.
     """
-    for part in rows.parts.values() if isinstance(rows, Mixture) else [rows]:
+    for part in parts_of(rows):
         for index in range(len(part)):
             with suppress(BrokenRow):  # named and counted when it is read
                 for prompt, suffixes in part.all_texts(index):
