@@ -213,7 +213,7 @@ def other_language_model(model_type):
         (lambda inputs: inputs.update(pixel_values=torch.zeros(3, 64, 64)), r"\(images, 3, 64, 64\)"),
         (lambda inputs: inputs.update(inputs_embeds=torch.zeros(1, 5, 32)), "exactly one of"),
         (lambda inputs: inputs.pop("input_ids"), "exactly one of"),
-        (lambda inputs: inputs.update(mm_encoder_outputs={"image": object()}), "not both"),
+        (lambda inputs: inputs.update(mm_encoder_outputs={"image": object()}), "Pass one of `pixel_values`"),
         (lambda inputs: inputs.update(encoder_hidden_states=torch.zeros(1, 4, 32)), "for `fusion='cross_attention'`"),
         (lambda inputs: inputs.update(attention_mask=inputs["attention_mask"][:, 1:]), "must cover all"),
     ],

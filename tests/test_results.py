@@ -64,6 +64,19 @@ def test_captions_are_what_was_measured():
     assert scores["broken_rows"] == [] == training["broken_rows"]
 
 
+def test_the_table_of_captioners_is_what_was_measured(comparison):
+    runs = read("flickr8k", "peers")["runs"]
+    assert comparison["table"](runs) in PAGE
+    for run in runs:
+        assert run["settings"] == comparison["settle"](run["captioner"], {}) and run["split"] == "test"
+        assert 60 * run["minutes"] <= run["cpu_seconds"] < 60 * run["minutes"] + 10
+    cider = {
+        name: [run["scores"]["CIDEr"] for run in runs if run["captioner"] == name] for name in ("ours", "ved", "llava")
+    }
+    assert all(len(scores) == 3 for scores in cider.values())
+    assert min(cider["ours"]) > max(cider["ved"] + cider["llava"])
+
+
 def test_the_text_only_language_model_is_what_was_measured():
     found = read("text", "perplexity")
     sentences = " ".join(PAGE.split())
