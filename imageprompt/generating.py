@@ -45,8 +45,8 @@ def generate_texts(
     model.eval()
     answers: list[str] = []
     total = len(images) if isinstance(images, Sequence) else None
-    if not isinstance(prompt, str) and total is not None and len(prompt) != total:
-        raise ValueError(f"{len(prompt)} prompts for {total} images: pass one for all, or one for each.")
+    if total is not None:
+        _check_prompts(prompt, total)
     with tqdm(total=total, unit="image", disable=not progress) as bar:
         for batch in _batches(images, batch_size):
             done = len(answers)
@@ -83,9 +83,8 @@ def stream_texts(
     Raises:
         ValueError: if there are not as many prompts as images.
     """
+    _check_prompts(prompt, len(images))
     prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
-    if len(prompts) != len(images):
-        raise ValueError(f"{len(prompts)} prompts for {len(images)} images: pass one for all, or one for each.")
     lengths = {text: len(processor.tokenizer(text).input_ids) for text in set(prompts)}
     order = sorted(range(len(images)), key=lambda index: lengths[prompts[index]])
     items: Any = [(index, images[index], prompts[index]) for index in order]
@@ -95,6 +94,11 @@ def stream_texts(
         yield from errors
         if places:
             yield from zip(places, _answers(model, processor, inputs, generation), strict=True)
+
+
+def _check_prompts(prompt: str | Sequence[str], num_images: int) -> None:
+    if not isinstance(prompt, str) and len(prompt) != num_images:
+        raise ValueError(f"{len(prompt)} prompts for {num_images} images: pass one for all, or one for each.")
 
 
 def _read(

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
+from ..decoding import evaluating
 from ..image_processing import ImageFeatures, ImagePromptImageProcessor
 from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
@@ -56,9 +57,10 @@ def cache_features(
             which are named; or if there is no room for those to come.
     """
     parts = check_cacheable(model, rows)
-    cache = FeatureCache(Path(folder), model, processor, dtype)
-    digests = [part.image_digests() for part in parts]
-    with FileLock(cache.folder / "lock"):  # those who come later find all of it there
+    folder, digests = Path(folder), [part.image_digests() for part in parts]
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # those who come later find all of it there
+        cache = FeatureCache(folder, model, processor, dtype)
         cache.read()
         images = {
             digest: (part, row, number)
@@ -121,7 +123,6 @@ class FeatureCache:
             "features": [*self.shape, str(dtype).removeprefix("torch.")],
             "versions": {name: versions[name] for name in _LIBRARIES},
         }
-        folder.mkdir(parents=True, exist_ok=True)
         self._check_origin()
         self._places: dict[str, int] = {}
         self._mapped: Tensor | None = None
@@ -180,9 +181,8 @@ class FeatureCache:
             collate_fn=_readable,
             generator=torch.Generator(),  # its own, so that training draws what it would have drawn
         )
-        was_training = self.model.model.vision_tower.training
-        self.model.model.vision_tower.eval()
         with (
+            evaluating(self.model.model.vision_tower),
             tqdm(total=len(images), desc="Encoding images once", unit="image") as bar,
             self._features.open("ab") as features,
             self._names.open("ab") as names,
@@ -195,15 +195,14 @@ class FeatureCache:
                     names.write("".join(f"{digest}\n" for digest in digests).encode())
                     names.flush()
                 bar.update(count)
-        self.model.model.vision_tower.train(was_training)
         self.read()
 
     @torch.inference_mode()
     def _encode(self, pixel_values: Tensor) -> Tensor:
         device = self.model.device
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = self.model.get_image_features(pixel_values.to(device, self.model.dtype), return_dict=True)
-        return features.last_hidden_state.to("cpu", self.dtype).contiguous()
+            features, _ = self.model.model._run_tower(pixel_values.to(device, self.model.dtype))
+        return features.to("cpu", self.dtype).contiguous()
 
     def _check_origin(self) -> None:
         file = self.folder / "about.json"
