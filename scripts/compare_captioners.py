@@ -236,7 +236,8 @@ def run(plan: dict[str, Any], data: Path) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each captioner as it was changed, with means over seeds, and the lowest and highest."""
+    """Markdown: a row for each captioner as it was changed, with means over seeds, and the lowest and highest. Changes
+    that all have are not named."""
 
     def figures(values: list[float], form: str) -> str:
         spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
@@ -244,7 +245,8 @@ def table(runs: list[dict[str, Any]]) -> str:
 
     rows: dict[str, list[dict[str, Any]]] = {}
     for entry in runs:
-        changes = ", ".join(f"{key}: {json.dumps(value)}" for key, value in entry["changes"].items())
+        own = {key: value for key, value in entry["changes"].items() if not _all_have(runs, key, value)}
+        changes = ", ".join(f"{key}: {json.dumps(value)}" for key, value in own.items())
         rows.setdefault(f"{entry['captioner']}{changes and f' `{changes}`'}", []).append(entry)
     lines = [
         "| captioner | million parameters | passes | loss | BLEU-4 | CIDEr |",
@@ -256,6 +258,10 @@ def table(runs: list[dict[str, Any]]) -> str:
         cells += [figures([entry["scores"][score] for entry in entries], ".3f") for score in ("BLEU-4", "CIDEr")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _all_have(runs: list[dict[str, Any]], key: str, value: Any) -> bool:
+    return all(key in entry["changes"] and entry["changes"][key] == value for entry in runs)
 
 
 def main(

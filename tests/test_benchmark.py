@@ -1,21 +1,32 @@
 """The benchmark compares the same work: contestants run, have the same sizes, and answer alike where they should."""
 
 import json
-import runpy
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark import WORKS
+from benchmark import table as table_of_works
+from contestants import CONTESTANTS, QUICK
+from scaling import CURVES, line, throughput
+from scaling import table as table_of_curves
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
-BENCHMARK = runpy.run_path(str(SCRIPT))
-QUICK, CONTESTANTS, WORKS = BENCHMARK["QUICK"], BENCHMARK["CONTESTANTS"], BENCHMARK["WORKS"]
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-def contestant(name, dtype="fp32"):
-    return CONTESTANTS[name](QUICK, dtype, "cpu")
+@pytest.fixture(autouse=True)
+def _quick_compiler(monkeypatch):
+    """The graphs are captured and differentiated as ever; making machine code of them would take a minute each."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+def contestant(name, dtype="fp32", sizes=QUICK):
+    return CONTESTANTS[name](sizes, dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -96,17 +107,107 @@ def test_the_floor_does_the_matrix_products_of_a_decoding_step():
     assert counts[0] == counts[1] > 0
 
 
-def test_the_command_writes_what_it_measured(tmp_path):
-    output = tmp_path / "found" / "benchmark.json"
-    options = ["--quick", "--works", "decode", "--dtypes", "fp32", "--repeats", "2", "--output", str(output)]
-    options += ["--peak-tflops", "1"]
-    printed = subprocess.run([sys.executable, SCRIPT, *options], check=True, capture_output=True, text=True).stdout
-    found = json.loads(output.read_text())
+def test_logits_of_all_positions_give_the_same_gradients():
+    gradients = []
+    for method in ("train", "train_all_logits"):
+        model = contestant("Ours")
+        kept = []
+        step = getattr(model, method)()
+        model.model.eval()  # no dropout
+        handle = register_optimizer_step_pre_hook(
+            lambda *_, model=model, kept=kept: kept.extend(p.grad.clone() for p in model.model.parameters())
+        )
+        step()
+        handle.remove()
+        gradients.append(kept)
+    assert gradients[0]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["generate_static", "generate_compiled"])
+def test_a_static_cache_and_compiled_steps_give_the_same_captions(method):
+    expected = contestant("OursPooled").generate()()
+    assert getattr(contestant("OursPooled"), method)()().equal(expected)
+
+
+def test_a_compiled_training_step_changes_the_same_weights():
+    plain, compiled = contestant("OursPooled"), contestant("OursPooled")
+    steps = plain.train(), compiled.train_compiled()
+    for model, step in zip((plain, compiled), steps, strict=True):
+        model.model.eval()
+        step()
+    for one, other in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=3e-5, rtol=0)
+
+
+def test_packed_rows_have_the_loss_of_padded_ones():
+    losses = []
+    for method in ("train_padded", "train_packed"):
+        model = contestant("OursPooled")
+        steps = []
+        model._training_on = steps.append
+        getattr(model, method)()
+        losses.append(model.model.eval()(**steps[0]).loss.item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_batch_from_photos_is_as_large_and_every_file_is_captioned():
+    model = contestant("OursPooled")
+    assert model.load_photos()()["pixel_values"].shape == model.pixels.shape
+    captions = model.caption_files()()
+    assert sorted(index for index, _ in captions) == list(range(QUICK.files))
+    assert all(isinstance(text, str) for _, text in captions)
+
+
+@pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
+def test_a_curve_changes_what_its_contestants_do(curve):
+    """Twice as much is more work, by the operations that are counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for name, method in curve.series:
+        counts = []
+        for value in (1, 4):
+            work = getattr(contestant(name, sizes=replace(QUICK, **{curve.size: value})), method)()
+            with FlopCounterMode(display=False) as counter:
+                work()
+            counts.append(counter.get_total_flops())
+        assert counts[0] < counts[1]
+
+
+def test_a_line_through_points_on_a_line():
+    assert line((1, 2, 4), [5.0, 7.0, 11.0]) == pytest.approx({"fixed": 3, "each": 2, "unexplained": 0}, abs=1e-9)
+
+
+def command(script, tmp_path, *options):
+    """What a script printed, and what it wrote."""
+    output = tmp_path / "found" / "result.json"
+    arguments = [sys.executable, SCRIPTS / script, "--quick", *options, "--output", output]
+    printed = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    assert output.with_suffix(".png").stat().st_size > 1000
+    return printed, json.loads(output.read_text())
+
+
+def test_the_benchmark_writes_what_it_measured(tmp_path):
+    options = ["--works", "decode", "--dtypes", "fp32", "--repeats", "2", "--peak-tflops", "1"]
+    printed, found = command("benchmark.py", tmp_path, *options)
     assert [run["contestant"] for run in found["runs"]] == [name for name, _ in WORKS["decode a token"]]
     assert all(run["seconds"]["lowest"] > 0 and run["peak_bytes"] > 1e8 for run in found["runs"])
     assert found["runs"][0]["times_the_first"] == 1
-    ours, gpt2, gemms = found["runs"]
-    assert ours["flops"] >= gpt2["flops"] > gemms["flops"] > 0
+    ours, gpt2, gemms, pooled = found["runs"]
+    assert ours["flops"] >= gpt2["flops"] > gemms["flops"] > 0 and ours["flops"] > pooled["flops"]
     assert gemms["model_flops_utilization"] == pytest.approx(gemms["flops"] / gemms["seconds"]["median"] / 1e12)
-    assert output.with_suffix(".png").stat().st_size > 1000
-    assert BENCHMARK["table"](found["runs"]) in printed
+    assert {"aten::addmm", "aten::mm"} & gemms["share_by_operation"].keys()
+    assert all(0 < sum(run["share_by_operation"].values()) <= 1.001 for run in found["runs"])
+    assert table_of_works(found["runs"]) in printed
+
+
+def test_the_scaling_command_writes_what_it_measured(tmp_path):
+    printed, found = command("scaling.py", tmp_path, "--curves", "captioned at once", "--repeats", "1")
+    assert [curve["contestant"] for curve in found["curves"]] == ["OursPooled", "Llava", "EncoderDecoder"]
+    for curve in found["curves"]:
+        assert [point["seconds"]["median"] > 0 for point in curve["points"]] == [True] * len(curve["values"])
+        assert curve["flops"]["each"] > 0
+        assert curve["flops"]["unexplained"] < 0.01
+    assert table_of_curves(found["curves"]) in printed
+    assert throughput(found["curves"]) in printed

@@ -202,6 +202,18 @@ def test_less_memory(folders, tmp_path, monkeypatch, more):
     assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float32}
 
 
+def test_a_compiled_model_learns_and_is_saved_as_a_plain_one(folders, tmp_path):
+    compiled = ["--torch_compile", "--torch_compile_backend", "aot_eager"]
+    for name, more in {"plain": [], "compiled": compiled}.items():
+        main(options(folders, tmp_path / name, *EVERY_STEP, *METRIC, *more))
+    plain, compiled = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-4, rtol=0)
+    losses = [[e["loss"] for e in history(tmp_path / name) if "loss" in e] for name in ("plain", "compiled")]
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
 LORA = ["--lora", '{"r": 4, "target_modules": ["c_attn", "c_fc"]}', "--learning_rate", "1e-2"]
 
 

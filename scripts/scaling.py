@@ -1,0 +1,149 @@
+"""What one more costs: time and memory against batch, image tokens, text length, images in a row, and photos.
+
+    python scripts/scaling.py --output docs/speed/scaling.json
+
+Each curve of `CURVES` changes one of the benchmark's sizes; its points take turns as the benchmark's contestants do. A
+straight line is fitted to the medians: what is fixed, what each further unit costs in seconds and in bytes, and, beside
+it, in floating-point operations, which explain most of it. A picture is drawn beside the file. `--quick` takes tiny
+models, to see that all runs.
+"""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from benchmark import Job, compare
+from contestants import QUICK, REFERENCE
+
+from imageprompt.provenance import provenance
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values of one of the sizes, and who does what at each."""
+
+    size: str
+    values: tuple[int, ...]
+    series: tuple[tuple[str, str], ...]
+
+
+_GENERATE = (("OursPooled", "generate"), ("Llava", "generate"), ("EncoderDecoder", "generate"))
+_TRAIN_AND_GENERATE = (("Ours", "train"), ("Ours", "generate"))
+CURVES = {
+    "rows that are learnt at once": Curve("batch", (1, 2, 4, 8, 16), (("OursPooled", "train"),)),
+    "images that are captioned at once": Curve("batch", (1, 4, 16, 64), _GENERATE),
+    "tokens of an image": Curve("image_tokens", (1, 4, 49, 196), _TRAIN_AND_GENERATE),
+    "tokens of a text": Curve("text_tokens", (8, 32, 128, 256), (("OursPooled", "train"),)),
+    "new tokens": Curve("new_tokens", (8, 16, 32, 64), (("OursPooled", "generate"),)),
+    "images in a row": Curve("images", (1, 2, 4, 8), (("OursPooled", "train"), ("OursPooled", "generate"))),
+    "questions about one image": Curve("questions", (1, 4, 16, 64), (("Ours", "questions_together_behind_a_prefix"),)),
+    "photos on the disk": Curve("files", (16, 64, 256), (("OursPooled", "caption_files"),)),
+}
+
+
+def line(values: tuple[int, ...], figures: list[float]) -> dict[str, float]:
+    """The straight line through figures at values, by least squares, and the share of their variance that it leaves."""
+    slope, fixed = statistics.linear_regression(values, figures)
+    mean = statistics.mean(figures)
+    left = sum((figure - fixed - slope * value) ** 2 for value, figure in zip(values, figures, strict=True))
+    return {"fixed": fixed, "each": slope, "unexplained": left / (sum((f - mean) ** 2 for f in figures) or 1.0)}
+
+
+def table(curves: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each series, with what is fixed and what each further unit costs."""
+    lines = [
+        "| one more of | contestant | fixed ms | ms each | variance left | peak GB | GFLOP each | GFLOP/s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for curve in curves:
+        seconds, each = curve["seconds"], curve["flops"]["each"] / 1e9
+        peaks = [point["peak_bytes"] / 1e9 for point in curve["points"]]
+        values = f"{curve['values'][0]} to {curve['values'][-1]}"
+        lines.append(
+            f"| {curve['name']}, {values} | {curve['contestant']}: {curve['method']} "
+            f"| {1e3 * seconds['fixed']:.3g} | {1e3 * seconds['each']:.3g} | {seconds['unexplained']:.2%} "
+            f"| {peaks[0]:.2f} to {peaks[-1]:.2f} | {each:.3g} | {each / seconds['each']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def throughput(curves: list[dict[str, Any]]) -> str:
+    """Markdown: images captioned in a second at each batch size, and at the best one."""
+    chosen = [curve for curve in curves if curve["name"] == "images that are captioned at once"]
+    if not chosen:
+        return ""
+    batches = chosen[0]["values"]
+    lines = [f"| captions a second, batch of | {' | '.join(map(str, batches))} | best |"]
+    lines.append(f"|{' --- |' * (len(batches) + 2)}")
+    for curve in chosen:
+        rates = [n / point["seconds"]["median"] for n, point in zip(batches, curve["points"], strict=True)]
+        lines.append(f"| {curve['contestant']} | {' | '.join(f'{rate:.2f}' for rate in [*rates, max(rates)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(curves: list[dict[str, Any]], path: Path) -> None:
+    """A picture: a row for each curve, seconds on the left, peak memory on the right."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(curve["name"] for curve in curves))
+    figure = Figure(figsize=(10, 2.6 * len(names)), layout="constrained")
+    for pair, name in zip(figure.subplots(len(names), 2, squeeze=False), names, strict=True):
+        for curve in (curve for curve in curves if curve["name"] == name):
+            label = f"{curve['contestant']}: {curve['method']}"
+            pair[0].plot(curve["values"], [p["seconds"]["median"] for p in curve["points"]], "o-", label=label)
+            pair[1].plot(curve["values"], [p["peak_bytes"] / 1e9 for p in curve["points"]], "o-")
+        pair[0].legend(fontsize=7)
+        for axes, what in zip(pair, ("seconds", "peak GB"), strict=True):
+            axes.set(xlabel=name, ylabel=what, ylim=(0, None))
+            axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results; a picture is beside it.")] = None,
+    curves: Annotated[str, typer.Option(help="Which, with commas between: parts of their names.")] = "",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    repeats: Annotated[int, typer.Option(help="Of each point.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny models: to see that all runs, not how fast.")] = False,
+) -> None:
+    """Measure all curves, write each when it is done, and print them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes, threads = QUICK if quick else REFERENCE, torch.get_num_threads()
+    chosen = [name for name in CURVES if not curves or any(part and part in name for part in curves.split(","))]
+    result: dict[str, Any] = {"sizes": asdict(sizes), "threads": threads, "repeats": repeats, "dtype": dtype}
+    result |= {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "curves": []}
+    for name in chosen:
+        curve = CURVES[name]
+        values = (1, 4, 16) if quick else curve.values
+        for contestant, method in curve.series:
+            jobs = [Job(contestant, method, replace(sizes, **{curve.size: value})) for value in values]
+            points = compare(f"{name}: {contestant}, {method}", jobs, dtype, device, repeats, threads)
+            result["curves"].append(
+                {
+                    "name": name,
+                    "size": curve.size,
+                    "contestant": contestant,
+                    "method": method,
+                    "values": values,
+                    "seconds": line(values, [point["seconds"]["median"] for point in points]),
+                    "bytes": line(values, [point["peak_bytes"] for point in points]),
+                    "flops": line(values, [point["flops"] for point in points]),
+                    "points": points,
+                }
+            )
+            result |= provenance()
+            if output is not None:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text(json.dumps(result, indent=2) + "\n")
+    if output is not None:
+        draw(result["curves"], output.with_suffix(".png"))
+    print(table(result["curves"]))
+    print(throughput(result["curves"]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
