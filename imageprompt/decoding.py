@@ -90,10 +90,11 @@ class ImagePromptGenerationMixin(GenerationMixin):
 
     def _states_behind(self, prefix: ImagePrefix, labels: Tensor, inputs: dict) -> tuple[Tensor, Tensor]:
         """Hidden states (rows, 1 + positions, text width) from the prefix's last on, and labels aligned with them."""
+        self._refuse_behind_prefix(inputs)
         inputs = _with_mask(inputs)
         # Padding goes to the right, so that the first token follows what predicts it.
         order = inputs["attention_mask"].argsort(dim=-1, stable=True, descending=True)
-        inputs, labels = _reorder(inputs, order), labels.gather(1, order.to(labels.device))
+        inputs, labels = inputs | _reorder(inputs, order), labels.gather(1, order.to(labels.device))
         behind = self.model(**prefix.followed_by(inputs), use_cache=True, return_dict=True).last_hidden_state
         last = prefix.last_hidden_state[prefix.rows_for(len(labels))]
         return torch.cat([last, behind], dim=1), F.pad(labels, (1, 0), value=IGNORE_INDEX)
@@ -173,10 +174,19 @@ class ImagePromptGenerationMixin(GenerationMixin):
         windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
         return not self.model._takes_positions or any(window is not None and length > window for window in windows)
 
-    def _refuse_unused_prefix(self, generation_config: GenerationConfig | None, kwargs: dict) -> None:
-        for name in ("past_key_values", "inputs_embeds", "assistant_model"):
-            if kwargs.get(name) is not None:
+    def _refuse_behind_prefix(self, inputs: dict) -> None:
+        for name in ("past_key_values", "inputs_embeds", "position_ids", "assistant_model"):
+            if inputs.get(name) is not None:
                 raise ValueError(f"Pass either `prefix` or `{name}`, not both.")
+        images = ("pixel_values", "image_features", "mm_encoder_outputs")
+        if self.config.fusion == "cross_attention" and any(inputs.get(name) is not None for name in images):
+            raise ValueError(
+                "With `fusion='cross_attention'` no images can follow a prefix: encode all of them into it, or pass "
+                "the whole prompt."
+            )
+
+    def _refuse_unused_prefix(self, generation_config: GenerationConfig | None, kwargs: dict) -> None:
+        self._refuse_behind_prefix(kwargs)
         if self._setting("use_cache", generation_config, kwargs) is False:
             raise ValueError("`use_cache=False` would compute the prefix again for every token: leave it out.")
 

@@ -154,6 +154,7 @@ def test_a_prefix_tells_what_it_takes(tokenizer):
         ({"past_key_values": object()}, "either `prefix` or `past_key_values`"),
         ({"assistant_model": object()}, "either `prefix` or `assistant_model`"),
         ({"inputs_embeds": torch.zeros(3, 1, 32)}, "either `prefix` or `inputs_embeds`"),
+        ({"position_ids": torch.zeros(3, 1)}, "either `prefix` or `position_ids`"),
         ({"input_ids": torch.zeros(3, 0, dtype=torch.long)}, "at least one token"),
         ({"max_new_tokens": 250}, "need more than the language model's 256 positions"),
     ],
@@ -166,6 +167,30 @@ def test_prefixes_that_would_not_be_used_are_refused(tokenizer, wrong, message):
     wrong["prefix"] = prefix[wrong["prefix"]]
     with pytest.raises(ValueError, match=message):
         model.generate(**dict(inputs) | wrong)
+
+
+def test_images_behind_a_prefix(pair):
+    """Answers and scores are those of the whole prompt; with cross-attention, which reads all images at once, none."""
+    model, processor = pair
+    prefix = encode(pair)[0]
+    texts = {"text": [" It shows", " Two"], "suffix": [" one", " a house and a tree"]}
+    behind = processor(images=[[WHITE], [GREEN]], **texts, padding=True, return_tensors="pt")
+    question = processor(images=[[WHITE]], text=[" It"], return_tensors="pt")
+    if model.config.fusion == "cross_attention":
+        for act in (lambda: model.score(prefix=prefix, **behind), lambda: new_tokens(model, question, prefix=prefix)):
+            with pytest.raises(ValueError, match="no images can follow a prefix: encode all of them into it"):
+                act()
+        return
+    prompts = ["A<image>" + text for text in texts["text"]]
+    whole = [
+        processor(images=[[RED, image]], text=["<image>" + prompt], suffix=[suffix], return_tensors="pt")
+        for image, prompt, suffix in zip((WHITE, GREEN), prompts, texts["suffix"], strict=True)
+    ]
+    torch.testing.assert_close(model.score(prefix=prefix, **behind), torch.cat([model.score(**row) for row in whole]))
+    asked = processor(images=[[RED, WHITE]], text=["<image>A<image> It"], return_tensors="pt")
+    assert new_tokens(model, question, prefix=prefix) == new_tokens(model, asked)
+    with pytest.raises(ValueError, match="either `prefix` or `position_ids`"):
+        model.score(prefix=prefix, **behind, position_ids=torch.zeros_like(behind["input_ids"]))
 
 
 def test_recurrent_layers_are_refused(tokenizer):
