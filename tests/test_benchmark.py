@@ -23,6 +23,8 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 def _quick_compiler(monkeypatch):
     """The graphs are captured and differentiated as ever; making machine code of them would take a minute each."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield
+    torch.compiler.reset()  # other tests in this process compile the same forward pass
 
 
 def contestant(name, dtype="fp32", sizes=QUICK):

@@ -211,7 +211,8 @@ def test_a_compiled_model_learns_and_is_saved_as_a_plain_one(folders, tmp_path):
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, atol=1e-4, rtol=0)
     losses = [[e["loss"] for e in history(tmp_path / name) if "loss" in e] for name in ("plain", "compiled")]
-    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert losses[0] and losses[0] == pytest.approx(losses[1], abs=1e-3)
+    torch.compiler.reset()  # other tests in this process compile the same forward pass
 
 
 LORA = ["--lora", '{"r": 4, "target_modules": ["c_attn", "c_fc"]}', "--learning_rate", "1e-2"]
