@@ -64,6 +64,19 @@ def test_captions_are_what_was_measured():
     assert scores["broken_rows"] == [] == training["broken_rows"]
 
 
+def test_the_table_of_connectors_is_what_was_measured(comparison):
+    runs = read("flickr8k", "connectors-scores")["runs"]
+    assert [run["changes"] for run in runs] == read("flickr8k", "connectors")
+    assert comparison["table"](runs) in PAGE
+    losses = {(run["changes"]["connector"], run["changes"]["fusion"]): run["loss"] for run in runs}
+    assert min(losses, key=losses.get) == ("pool", "prefix")
+    better = {name for name, fusion in losses if losses[name, "prefix"] < losses[name, "cross_attention"]}
+    assert {name for name, _ in losses} - better == {"resampler"}
+    for run in runs:
+        assert run["settings"] == comparison["settle"]("ours", run["changes"])
+        assert run["split"] == "validation" and f"--minutes {run['minutes']:g} " in PAGE
+
+
 def test_the_table_of_captioners_is_what_was_measured(comparison):
     runs = read("flickr8k", "peers")["runs"]
     assert comparison["table"](runs) in PAGE
