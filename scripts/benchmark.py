@@ -295,6 +295,20 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def circumstances(sizes: Sizes, repeats: int) -> dict[str, Any]:
+    """What a result holds besides what was measured."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    threads = torch.get_num_threads()
+    return {"sizes": asdict(sizes), "repeats": repeats, "device": device, "threads": threads} | provenance()
+
+
+def write(result: dict[str, Any], output: Path | None) -> None:
+    """Keep what there is so far."""
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the results; a picture is beside it.")] = None,
     works: Annotated[str, typer.Option(help="Which, with commas between: parts of their names.")] = "",
@@ -308,8 +322,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes, threads = QUICK if quick else LARGE if large else REFERENCE, torch.get_num_threads()
     chosen = [work for work in WORKS if not works or any(part and part in work for part in works.split(","))]
-    result: dict[str, Any] = {"sizes": asdict(sizes), "threads": threads, "repeats": repeats, "runs": []}
-    result["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    result: dict[str, Any] = circumstances(sizes, repeats) | {"runs": []}
     for work in chosen:
         for dtype in dtypes.split(","):
             jobs = [Job(name, method, sizes) for name, method in WORKS[work]]
@@ -317,10 +330,7 @@ def main(
             for entry in runs if peak_tflops is not None else []:
                 entry["model_flops_utilization"] = entry["flops"] / entry["seconds"]["median"] / 1e12 / peak_tflops
             result["runs"] += runs
-            result |= provenance()
-            if output is not None:
-                output.parent.mkdir(parents=True, exist_ok=True)
-                output.write_text(json.dumps(result, indent=2) + "\n")
+            write(result, output)
     if output is not None:
         draw(result["runs"], output.with_suffix(".png"))
     print(table(result["runs"]))

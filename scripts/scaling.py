@@ -8,18 +8,15 @@ it, in floating-point operations, which explain most of it. A picture is drawn b
 models, to see that all runs.
 """
 
-import json
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from benchmark import Job, compare
+from benchmark import Job, circumstances, compare, write
 from contestants import QUICK, REFERENCE
-
-from imageprompt.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes, threads = QUICK if quick else REFERENCE, torch.get_num_threads()
     chosen = [name for name in CURVES if not curves or any(part and part in name for part in curves.split(","))]
-    result: dict[str, Any] = {"sizes": asdict(sizes), "threads": threads, "repeats": repeats, "dtype": dtype}
-    result |= {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "curves": []}
+    result: dict[str, Any] = circumstances(sizes, repeats) | {"curves": []}
     for name in chosen:
         curve = CURVES[name]
         values = (1, 4, 16) if quick else curve.values
@@ -135,10 +131,7 @@ def main(
                     "points": points,
                 }
             )
-            result |= provenance()
-            if output is not None:
-                output.parent.mkdir(parents=True, exist_ok=True)
-                output.write_text(json.dumps(result, indent=2) + "\n")
+            write(result, output)
     if output is not None:
         draw(result["curves"], output.with_suffix(".png"))
     print(table(result["curves"]))
