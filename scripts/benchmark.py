@@ -22,6 +22,7 @@ import multiprocessing
 import resource
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -183,10 +184,11 @@ def _operations(work: Any, device: str) -> dict[str, float]:
     return {name: round(times[name] / total, 4) for name in most}
 
 
-def compare(title: str, jobs: list[Job], dtype: str, device: str, repeats: int, threads: int) -> list[dict[str, Any]]:
+def compare(title: str, jobs: list[Job], dtype: str, repeats: int) -> list[dict[str, Any]]:
     """All contestants, in turns: (median, lowest and highest) seconds, peak bytes of the process, the floating-point
     operations of its matrix products, convolutions and attention, and what else the time went to."""
     context = multiprocessing.get_context("spawn")
+    device, threads = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
     contests = []
     for job in jobs:
         ours, theirs = context.Pipe()
@@ -295,6 +297,11 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def choose(names: Iterable[str], parts: str) -> list[str]:
+    """The names that hold one of these parts, with commas between; all, if there are none."""
+    return [name for name in names if not parts or any(part and part in name for part in parts.split(","))]
+
+
 def circumstances(sizes: Sizes, repeats: int) -> dict[str, Any]:
     """What a result holds besides what was measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -319,14 +326,12 @@ def main(
     peak_tflops: Annotated[float | None, typer.Option(help="Of the device, to say how much of it is used.")] = None,
 ) -> None:
     """Time all, write the results after each work, and print them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes, threads = QUICK if quick else LARGE if large else REFERENCE, torch.get_num_threads()
-    chosen = [work for work in WORKS if not works or any(part and part in work for part in works.split(","))]
+    sizes = QUICK if quick else LARGE if large else REFERENCE
     result: dict[str, Any] = circumstances(sizes, repeats) | {"runs": []}
-    for work in chosen:
+    for work in choose(WORKS, works):
         for dtype in dtypes.split(","):
             jobs = [Job(name, method, sizes) for name, method in WORKS[work]]
-            runs = [{"work": work} | entry for entry in compare(work, jobs, dtype, device, repeats, threads)]
+            runs = [{"work": work} | entry for entry in compare(work, jobs, dtype, repeats)]
             for entry in runs if peak_tflops is not None else []:
                 entry["model_flops_utilization"] = entry["flops"] / entry["seconds"]["median"] / 1e12 / peak_tflops
             result["runs"] += runs

@@ -305,6 +305,7 @@ class OursPooled(Ours):
     def caption_files(self) -> Callable[[], Any]:
         """Captions of photos on the disk, read by one process while another answers."""
         (model, processor), photos = self.small_captioner(), self.photos(self.sizes.files)
+        model.to(self.device, self.dtype)
         settings = {"batch_size": self.sizes.batch, "num_workers": 1, "max_new_tokens": self.sizes.new_tokens}
         return lambda: list(stream_texts(model, processor, photos, **settings))
 
@@ -332,8 +333,7 @@ class OursPooled(Ours):
         """A model of the same backbone with a tiny language model, and its processor."""
         tokenizer = train_tokenizer(["a photo of something"] * 10, 300)
         text = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=len(tokenizer))
-        size = (3, self.sizes.image_size, self.sizes.image_size)
-        preprocessing = {"input_size": size}
+        preprocessing = {"input_size": (3, self.sizes.image_size, self.sizes.image_size)}
         return compose(self.sizes.backbone, text, tokenizer=tokenizer, pretrained=False, preprocessing=preprocessing)
 
     def photos(self, count: int) -> list[str]:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from benchmark import Job, circumstances, compare, write
+from benchmark import Job, choose, circumstances, compare, write
 from contestants import QUICK, REFERENCE
 
 
@@ -108,16 +107,14 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models: to see that all runs, not how fast.")] = False,
 ) -> None:
     """Measure all curves, write each when it is done, and print them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes, threads = QUICK if quick else REFERENCE, torch.get_num_threads()
-    chosen = [name for name in CURVES if not curves or any(part and part in name for part in curves.split(","))]
+    sizes = QUICK if quick else REFERENCE
     result: dict[str, Any] = circumstances(sizes, repeats) | {"curves": []}
-    for name in chosen:
+    for name in choose(CURVES, curves):
         curve = CURVES[name]
         values = (1, 4, 16) if quick else curve.values
         for contestant, method in curve.series:
             jobs = [Job(contestant, method, replace(sizes, **{curve.size: value})) for value in values]
-            points = compare(f"{name}: {contestant}, {method}", jobs, dtype, device, repeats, threads)
+            points = compare(f"{name}: {contestant}, {method}", jobs, dtype, repeats)
             result["curves"].append(
                 {
                     "name": name,
