@@ -38,7 +38,8 @@ from imageprompt.provenance import provenance
 
 # Who does what; the first is what the others are compared with.
 WORKS: dict[str, list[tuple[str, str]]] = {
-    "train, all image tokens": [("Ours", "train"), ("Llava", "train"), ("Ours", "train_all_logits")],
+    "train, all image tokens": [("Ours", "train"), ("Llava", "train")],
+    "train, logits where there are labels": [("Ours", "train"), ("Ours", "train_all_logits")],
     "train, a quarter of the tokens": [
         ("OursPooled", "train"),
         ("EncoderDecoder", "train"),
