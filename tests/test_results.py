@@ -77,6 +77,24 @@ def test_the_table_of_connectors_is_what_was_measured(comparison):
         assert run["split"] == "validation" and f"--minutes {run['minutes']:g} " in PAGE
 
 
+def test_the_table_of_changes_is_what_was_measured(comparison):
+    runs = read("flickr8k", "changes-scores")["runs"]
+    assert [run["changes"] for run in runs] == read("flickr8k", "changes")
+    assert comparison["table"](runs) in PAGE
+    first, *others = runs
+    assert first["changes"] == {}
+    more = {json.dumps(run["changes"]): run["loss"] - first["loss"] for run in others}
+    assert f"{more[json.dumps({'texts_per_image': 1})]:.3f}\n  higher, with five" in PAGE
+    assert f"with five {more[json.dumps({'texts_per_image': 5})]:.3f}," in PAGE
+    scores = {json.dumps(run["changes"]): (run["scores"]["BLEU-4"], run["scores"]["CIDEr"]) for run in runs}
+    chosen = scores.pop(json.dumps({"feature_layer": -2}))
+    assert all(chosen[0] > bleu for bleu, _ in scores.values())
+    assert sum(chosen[1] < cider for _, cider in scores.values()) == 1
+    for run in runs:
+        assert run["settings"] == comparison["settle"]("ours", run["changes"])
+        assert run["split"] == "validation" and run["seed"] == 0 and f"--minutes {run['minutes']:g} " in PAGE
+
+
 def test_the_table_of_captioners_is_what_was_measured(comparison):
     runs = read("flickr8k", "peers")["runs"]
     assert comparison["table"](runs) in PAGE
