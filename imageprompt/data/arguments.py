@@ -53,6 +53,16 @@ class DataArguments(TrainingSource):
     shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream that are shuffled among each other."})
 
 
+def check_data(args: DataArguments) -> None:
+    """Open every source, so that a wrong name or column is met before a model is loaded.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    for source, _ in read_sources(args).values():
+        (stream_rows if source.streaming else read_rows)(source, source.train_split)
+
+
 def training_data(
     args: DataArguments, image_size: tuple[int, int], *, evaluates: bool, seed: int = 0
 ) -> tuple[Dataset, Any]:

@@ -32,13 +32,18 @@ class ImagePromptCollator:
             models.
 
     Raises:
-        ValueError: if a row has no `suffix` (the columns found are named), not as many prompts as suffixes, or both
-            `image` and `images`.
+        ValueError: if the language model has fewer than `max_length` positions; when called, if a row has no `suffix`
+            (the columns found are named), not as many prompts as suffixes, or both `image` and `images`.
     """
 
     processor: ImagePromptProcessor
     max_length: int | None = None
     pack_length: int | None = None
+
+    def __post_init__(self):
+        positions = self.processor.tokenizer.model_max_length
+        if self.max_length is not None and self.max_length > positions:
+            raise ValueError(f"`max_length` {self.max_length} is more than the language model's {positions} positions.")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchFeature:
         """Rows to `input_ids`, `attention_mask` and `labels`, (rows, positions), and `pixel_values`.

@@ -167,9 +167,18 @@ class Rows(TorchDataset):
             return None
 
     @property
+    def left_out(self) -> list[int]:
+        """The numbers of the broken rows that were met so far."""
+        return self._broken.nonzero().flatten().tolist()
+
+    def leave_out(self, indices: Sequence[int]) -> None:
+        """Take rows with these numbers for broken, as another process or an earlier run found them."""
+        self._broken[list(indices)] = 1
+
+    @property
     def broken(self) -> list[str]:
         """The names of the broken rows that were met so far."""
-        return [self.name(int(index)) for index in self._broken.nonzero()]
+        return [self.name(index) for index in self.left_out]
 
     def texts(self, index: int) -> tuple[str, list[str]]:
         """The prompt and all suffixes of a row; no image is read.

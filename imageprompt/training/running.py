@@ -11,7 +11,6 @@ from ..compression import KeepZeros
 from ..data import ImagePromptCollator
 from ..data.arguments import data_facts
 from ..data.feature_cache import cache_features, check_cacheable, without_features
-from ..data.packing import check_packable
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import json_object
 from ..processing import ImagePromptProcessor
@@ -91,8 +90,6 @@ def run_training(
     learning = choose_what_learns(model, options.learning)
     if cache is not None:
         check_cacheable(model, rows.train)
-    if options.data.pack_length is not None:
-        check_packable(model)
     trainer = ImagePromptTrainer(
         learning,
         args,
@@ -113,6 +110,7 @@ def run_training(
             num_workers=args.dataloader_num_workers,
         )
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.broken_rows.share()
     if cache is not None:
         without_features(rows.train)  # which the next stage may augment, or encode with a tower that learns
     if options.learning.lora is not None:

@@ -35,14 +35,26 @@ def score_answers(
 def check_metric(
     model: ImagePromptForConditionalGeneration,
     processor: ImagePromptProcessor,
-    rows: Rows,
+    rows: Rows | dict[str, Rows],
     args: ImagePromptTrainingArguments,
 ) -> None:
-    """Answer and score a row, so that what could not work in the first evaluation stops the run before it starts.
+    """Answer and score a row of each data set, if answers are to be scored, so that what could not work in the first
+    evaluation stops the run before it starts.
 
     Raises:
         ValueError: if the rows do not fit the task, or it has no score of the name asked for; those it has are named.
     """
+    if args.metric_task is not None:
+        for own in rows.values() if isinstance(rows, dict) else [rows]:
+            _check_metric(model, processor, own, args)
+
+
+def _check_metric(
+    model: ImagePromptForConditionalGeneration,
+    processor: ImagePromptProcessor,
+    rows: Rows,
+    args: ImagePromptTrainingArguments,
+) -> None:
     if not isinstance(rows, Rows):
         raise ValueError(f"--metric_task answers rows of read_rows, not a {type(rows).__name__}.")
     task = _task(processor, rows, args)

@@ -32,6 +32,7 @@ from .building import load_model
 from .checkpoints import find_checkpoint, list_checkpoints, move_model, what_lacks, whole_or_nothing
 from .curves import read_curves, save_curves
 from .running import TrainingRows, choose_what_learns, run_training
+from .scoring import check_metric
 from .trainer import refuse_rates_of_frozen_parts
 
 _OF_TRAINING = {"stage.json", "curves.png", "training_args.bin", TRAINER_STATE_NAME}
@@ -84,13 +85,17 @@ def read_stages(argv: Sequence[str], options: Arguments) -> list[Stage]:
 
 
 def check_stages(
-    stages: Sequence[Stage], model: ImagePromptForConditionalGeneration, rows: TrainingRows, resumes: str | None
+    stages: Sequence[Stage],
+    model: ImagePromptForConditionalGeneration,
+    processor: ImagePromptProcessor,
+    rows: TrainingRows,
+    resumes: str | None,
 ) -> None:
     """Refuse what could not be trained in a later stage, before the first one starts.
 
     Args:
         stages: as [`read_stages`] gives them.
-        model: the one that the first stage starts from.
+        model, processor: those that the first stage starts from.
         rows: those that all stages train on.
         resumes: the option `--resume_from_checkpoint`.
 
@@ -102,6 +107,7 @@ def check_stages(
         refuse_rates_of_frozen_parts(choose_what_learns(tried, stage.options.learning), stage.options.training)
         if stage.options.learning.feature_cache is not None:
             check_cacheable(tried, rows.train)
+        check_metric(model, processor, rows.evaluation, stage.options.training)
         if stage.record.is_file() and (before := json.loads(stage.record.read_text())) != stage.settings:
             raise ValueError(f"{stage.folder} was trained with {before}, now --stages says {stage.settings}.")
     first = next((stage for stage in stages if not stage.is_finished), None)

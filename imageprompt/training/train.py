@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from ..data.arguments import training_data, training_texts
+from ..data.arguments import check_data, training_data, training_texts
+from ..data.packing import check_packable
 from ..data.rows import Mixture, Rows
 from .arguments import parse, with_options
 from .building import build_model, refuse_streams
@@ -32,16 +33,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_earlier_run(options.training.output_dir, options.training.resume_from_checkpoint)
     if options.model.new_tokenizer is not None:
         refuse_streams(options.data)
+    check_data(options.data)
     set_seed(options.training.seed)
     model, processor = build_model(options.model, training_texts(options.data))
     runs = [stage.options for stage in stages] or [options]
     evaluates = any(run.training.eval_strategy != "no" for run in runs) or options.plan.search is not None
     seed, output_dir = options.training.seed, Path(options.training.output_dir)
+    if options.data.pack_length is not None:
+        check_packable(model)
     rows = TrainingRows(*training_data(options.data, model.config.image_size, evaluates=evaluates, seed=seed))
     if isinstance(rows.train, (Rows, Mixture)):  # a stream would have to be read to its end
         check_lengths(rows.train, processor, options.data.max_length)
     if stages:
-        check_stages(stages, model, rows, options.training.resume_from_checkpoint)
+        check_stages(stages, model, processor, rows, options.training.resume_from_checkpoint)
         run_stages(stages, model, processor, rows, output_dir)
     else:
         if options.plan.search:

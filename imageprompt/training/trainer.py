@@ -23,6 +23,7 @@ from ..modeling import ImagePromptForConditionalGeneration
 from ..pushing import push_folder
 from ..sharing import refuse_other_visibility
 from .arguments import ImagePromptTrainingArguments
+from .broken import BrokenRows
 from .curves import SPEED
 from .scoring import check_metric, score_answers
 from .steady import SteadyTrainer
@@ -52,6 +53,8 @@ class ImagePromptTrainer(SteadyTrainer):
             raise ValueError(f"ImagePromptTrainer takes ImagePromptTrainingArguments, not {type(args).__name__}.")
         super().__init__(model, args, *others, **kwargs)
         refuse_rates_of_frozen_parts(self.plain_model, args)
+        self.broken_rows = BrokenRows(self.train_dataset)
+        self.add_callback(self.broken_rows)
 
     # --- learning rates
 
@@ -188,6 +191,10 @@ class ImagePromptTrainer(SteadyTrainer):
         finally:
             self.data_collator = collator
 
+    def _save_checkpoint(self, model, trial) -> None:
+        self.broken_rows.share()
+        super()._save_checkpoint(model, trial)
+
     # --- generated metrics
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others, **kwargs):
@@ -196,10 +203,8 @@ class ImagePromptTrainer(SteadyTrainer):
         Raises:
             ValueError: before the first step, if the rows or the model cannot give the metric asked for.
         """
-        if self.args.metric_task is not None and self.model is not None:  # in a search, once
-            several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-            for rows in several.values():
-                check_metric(self.plain_model, self.processing_class, rows, self.args)
+        if self.model is not None:  # in a search, once
+            check_metric(self.plain_model, self.processing_class, self.eval_dataset, self.args)
         return super().train(resume_from_checkpoint, *others, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:

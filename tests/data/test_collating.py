@@ -111,6 +111,13 @@ def test_max_length_trims_the_suffix_alone(parts):
         assert torch.equal(trimmed[key], whole[key][:, :length])
 
 
+def test_a_maximum_length_without_positions_is_refused(parts):
+    positions = parts[1].tokenizer.model_max_length
+    ImagePromptCollator(parts[1], max_length=positions)
+    with pytest.raises(ValueError, match=f"`max_length` {positions + 1} is more than .* {positions} positions"):
+        ImagePromptCollator(parts[1], max_length=positions + 1)
+
+
 def test_pain_04_a_maximum_length_that_leaves_nothing_to_learn_is_refused(parts):
     with pytest.raises(ValueError, match=r"Row 0 has .* tokens before its suffix"):
         ImagePromptCollator(parts[1], max_length=5)([ROWS[0]])

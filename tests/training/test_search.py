@@ -131,6 +131,13 @@ def test_a_search_needs_rows_to_compare_on(folders, tmp_path):
         main(searched(folders, tmp_path / "run", SPACE, "--eval_split", "test"))
 
 
+def test_no_trial_trains_on_rows_that_see_each_other(folders, tmp_path):
+    more = ["--pack_length", "64", "--fusion", "cross_attention"]
+    with pytest.raises(ValueError, match="Rows in one line would see each other's images"):
+        main(searched(folders, tmp_path / "run", SPACE, *more))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_rate_of_a_part_that_does_not_learn_is_not_searched(folders, tmp_path):
     space = {"vision_learning_rate": [1e-4, 1e-3]}
     with pytest.raises(ValueError, match="--vision_learning_rate is given, but nothing of the part 'vision' learns"):

@@ -12,6 +12,7 @@ from imageprompt.training.train import main
 
 CONNECTOR = {"name": "connector", "train_vision": False, "train_text": False, "learning_rate": 1e-2, "max_steps": 2}
 ALL = {"max_steps": 3, "vision_learning_rate": 0.0, "text_learning_rate": 1e-3}
+SCORED = {"metric_task": "caption"}
 EVALUATES = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
 
 
@@ -99,6 +100,7 @@ def test_a_resumed_run_skips_what_is_finished_and_goes_on_where_it_was(folders, 
         ([ALL, {"train_vision": False, "train_text": False, "train_connector": False}], "Every part is frozen"),
         ([ALL, {"lora": {"target_modules": ["q_proj"]}}], "target_modules has 'q_proj'"),
         ([ALL, {"lora": {"target_modules": ["lm_head"]}}], "lm_head shares its weights"),
+        ([ALL, SCORED | {"metric": "Cider"}], "The task 'caption' has no score 'Cider'; it has BLEU-1"),
     ],
 )
 def test_mistakes_in_any_stage_stop_before_the_first_starts(folders, tmp_path, stages, message):

@@ -304,6 +304,26 @@ def test_broken_rows_are_left_out_named_and_recorded(folders, tokenizer, tmp_pat
         main([*options(folders, tmp_path / "strict"), *data, "--suffix_column", "caption", "--max_broken_rows", "0"])
 
 
+def test_a_resumed_run_knows_the_rows_that_were_broken(folders, tmp_path):
+    """A row stays left out, although its image is mended before the run goes on."""
+    make_photos(tmp_path / "photos", 6)
+    whole = (tmp_path / "photos" / "03.png").read_bytes()
+    (tmp_path / "photos" / "03.png").write_bytes(b"no image")
+    data = ["--dataset", str(tmp_path / "photos" / "captions.csv"), "--image_column", "file"]
+    steps = ["--save_steps", "2", "--per_device_train_batch_size", "3"]
+    arguments = [*options(folders, tmp_path / "run"), *data, "--suffix_column", "caption", *steps]
+    main(arguments)
+    (tmp_path / "photos" / "03.png").write_bytes(whole)
+    main([*arguments, "--max_steps", "4", "--resume_from_checkpoint", "true"])
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert record["broken_rows"] == [f"Row 3 of {tmp_path}/photos/captions.csv (03.png)"]
+
+
+def test_a_wrong_column_is_met_before_a_backbone_is_looked_for(folders, tmp_path):
+    with pytest.raises(ValueError, match="no column 'captoin'"):
+        main(options(folders, tmp_path / "run", "--vision", "no_such_net", "--suffix_column", "captoin"))
+
+
 def test_training_with_a_cache_gives_the_same_model(folders, tmp_path):
     frozen = ["--train_vision", "false", "--connector", "pool", "--max_steps", "4", "--seed", "3"]
     cached = ["--feature_cache", str(tmp_path / "cache")]
