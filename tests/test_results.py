@@ -108,6 +108,29 @@ def test_the_table_of_captioners_is_what_was_measured(comparison):
     assert min(cider["ours"]) > max(cider["ved"] + cider["llava"])
 
 
+MULTI_TASK = {**{task: score for task, (*_, score) in ANSWERS.items()}, "flickr8k": "CIDEr"}
+
+
+def test_one_model_for_all_tasks_is_what_was_measured():
+    training = read("multi_task", "training")
+    assert {source["dataset"].split("/")[-1] for source in training["data"]} == MULTI_TASK.keys()
+    trained = {entry["name"]: entry for entry in read("multi_task", "mixture")}
+    for task, score in MULTI_TASK.items():
+        found = read(f"multi_task/{task}", "scores")
+        together, alone = found["scores"][score], read(task, "scores")["scores"][score]
+        title, form = (ANSWERS[task][0], ".2%") if task in ANSWERS else ("Flickr8k, CIDEr", ".3f")
+        row = f"| [{title}](results/multi_task/{task}/scores.json) | {together:{form}} | {alone:{form}} |"
+        assert row in PAGE, row
+        assert together > alone - 0.02, task
+        evaluate = read(f"multi_task/{task}", "evaluate")
+        for name in ("dataset", "text_column", "suffix_column", "prompt"):
+            assert trained[task].get(name) == evaluate.get(name)
+        assert evaluate["model"] == read("multi_task", "train")["output_dir"]
+        assert f"imageprompt evaluate docs/results/multi_task/{task}/evaluate.json\n" in PAGE
+        assert found["model"] == training["model"] and found["broken_rows"] == []
+    assert "imageprompt train docs/results/multi_task/train.json\n" in PAGE
+
+
 def test_the_text_only_language_model_is_what_was_measured():
     found = read("text", "perplexity")
     sentences = " ".join(PAGE.split())
