@@ -13,7 +13,8 @@ captions), for the same CPU time on one thread. That is wall-clock time on a fre
 does not change it. The learning rate follows the time: it rises, and falls to zero when the budget is spent.
 
 What is in `SETTINGS` was chosen on the validation split, by trying lists of changes (`--changes`); the test split is
-scored once. A result that is in the output file, with the same settings, is not computed again.
+scored once. A result that is in the output file, with the same settings, is not computed again: to measure anew, name
+another file.
 """
 
 import json
@@ -284,8 +285,7 @@ def main(
                 if any(plan == {key: entry[key] for key in plan} for entry in result["runs"]):
                     continue
                 found = run(plan, data)
-                result["runs"].append(plan | found)
-                result |= provenance()
+                result["runs"].append(plan | found | provenance())
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result["runs"]))
