@@ -137,6 +137,15 @@ def test_one_model_for_all_tasks_is_what_was_measured():
     assert "imageprompt train docs/results/multi_task/train.json\n" in PAGE
 
 
+def test_the_others_learn_at_the_rate_that_did_best(comparison):
+    runs = read("flickr8k", "rates")["runs"]
+    assert comparison["table"](runs) in PAGE
+    for name in ("ved", "llava"):
+        best = min((run for run in runs if run["captioner"] == name), key=lambda run: run["loss"])
+        assert best["changes"] == {key: comparison["SETTINGS"][name][key] for key in best["changes"]}
+        assert best["split"] == "validation" and best["changes"].keys() == {"learning_rate", "batch_size", "patch_size"}
+
+
 def test_the_text_only_language_model_is_what_was_measured():
     found = read("text", "perplexity")
     sentences = " ".join(PAGE.split())
