@@ -501,6 +501,8 @@ def _naming(name: Callable[[], str]) -> Iterator[None]:
 
 def _class_names(dataset: Dataset | IterableDataset, source: Source) -> list[str] | None:
     feature = dataset.features[source.suffix_column]
+    while isinstance(feature, List):
+        feature = feature.feature
     names = feature.names if isinstance(feature, ClassLabel) else None
     if source.class_names is not None and names is not None and len(source.class_names) != len(names):
         raise ValueError(f"`--class_names` has {len(source.class_names)} words for the {len(names)} classes {names}.")

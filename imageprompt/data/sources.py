@@ -6,7 +6,6 @@ A [`Source`] names a data set and says which of its columns are what. Its fields
 
 import csv
 import json
-import random
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -21,19 +20,15 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     List,
-    ReadInstruction,
     Value,
-    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import ArrowInvalid
-from transformers.utils import logging
 
 from ..generating import image_suffixes
-
-logger = logging.get_logger(__name__)
+from .cutting import cut
 
 # The builder of `datasets` that reads a file of each kind.
 _BUILDERS = {
@@ -78,7 +73,7 @@ class Source:
         default=None, metadata={"help": "Seed to shuffle the rows with before a split such as train[:80%%] is cut."}
     )
     join_rows: bool = field(
-        default=False, metadata={"help": "Rows that name the same image file become one, with a list of their texts."}
+        default=False, metadata={"help": "Rows that show the same image become one, with a list of their texts."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read on while training, without a copy on the disk."})
 
@@ -114,7 +109,14 @@ def load(source: Source, split: str) -> Dataset | IterableDataset:
         splits = _load_splits(source)
     except (ArrowInvalid, DatasetGenerationError) as error:
         raise ValueError(f"{source.dataset} cannot be read: {error.__cause__ or error}") from error
-    dataset = _stream(source, splits, split) if source.streaming else _cut(source, splits, split)
+    if source.streaming:
+        return _prepared(_stream(source, splits, split), source)
+    asked = {name: _prepared(part, source) if name in split else part for name, part in splits.items()}
+    return cut(source, asked, split)
+
+
+def _prepared(dataset: Any, source: Source) -> Any:
+    """The data set with its images undecoded, if it has the columns that are asked for."""
     columns = dataset.column_names
     if columns is None:  # a stream of which the first row is not read yet
         dataset = dataset._resolve_features()
@@ -189,68 +191,6 @@ def _csv_options(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has no rows.")
     features = Features({column: Value("string") for column in columns})
     return {"sep": separator, "features": features, "na_filter": False, "encoding": "utf-8-sig"}
-
-
-def _cut(source: Source, splits: DatasetDict, split: str) -> Dataset:
-    """The rows of a split or of parts of some; the rows of an image stay together."""
-    # Other splits are only there to be named in messages.
-    images = {name: _rows_of_images(part, source) if name in split else None for name, part in splits.items()}
-    if source.join_rows:
-        splits = DatasetDict({name: _joined(part, images[name], source) for name, part in splits.items()})
-        images = dict.fromkeys(images)
-    try:
-        sizes = {name: len(images[name] or part) for name, part in splits.items()}
-        parts = ReadInstruction.from_spec(split).to_absolute(sizes)
-    except ValueError as error:
-        raise ValueError(
-            f"{source.dataset} has no split {split!r}; it has {', '.join(splits)}. A part of one is cut like "
-            f'"{next(iter(splits))}[:80%]".'
-        ) from error
-    chosen = []
-    for part in parts:
-        numbers = list(range(sizes[part.splitname]))
-        if source.shuffle_rows is not None:
-            random.Random(source.shuffle_rows).shuffle(numbers)
-        numbers = numbers[part.from_ : part.to]
-        if (rows := images[part.splitname]) is not None:
-            numbers = [row for number in numbers for row in rows[number]]
-        chosen.append(splits[part.splitname].select(numbers))
-    dataset = concatenate_datasets(chosen)
-    if len(dataset) == 0:
-        raise ValueError(f"The split {split!r} of {source.dataset} is empty.")
-    return dataset
-
-
-def _rows_of_images(dataset: Dataset, source: Source) -> list[list[int]] | None:
-    """The rows of each image, where several rows of a table name the same file; else None."""
-    if dataset.features.get(source.image_column) not in (Value("string"), Value("large_string")):
-        return None
-    rows = defaultdict(list)
-    for number, file in enumerate(dataset[source.image_column]):
-        rows[file].append(number)
-    if len(rows) == len(dataset):
-        return None
-    if source.text_column is None and not source.join_rows:
-        logger.warning_once(
-            f"{source.dataset} names {len(rows):,} images in {len(dataset):,} rows: `--join_rows` makes one row of "
-            "each, of whose texts training draws one and scoring uses all."
-        )
-    return list(rows.values())
-
-
-def _joined(dataset: Dataset, images: list[list[int]] | None, source: Source) -> Dataset:
-    """One row for each image, with lists of its texts and, where there are some, of its prompts."""
-    if images is None:
-        return dataset
-    columns = list(filter(None, (source.text_column, source.suffix_column)))
-    joined = dataset.select([rows[0] for rows in images]).select_columns([source.image_column])
-    for column in columns:
-        feature, values = dataset.features[column], dataset[column]
-        texts = [[values[row] for row in rows] for rows in images]
-        if isinstance(feature, List) and source.text_column is None:
-            feature, texts = feature.feature, [[text for several in lists for text in several] for lists in texts]
-        joined = joined.add_column(column, texts, feature=List(feature))
-    return joined
 
 
 def _stream(source: Source, splits: IterableDatasetDict, split: str) -> IterableDataset:

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 from conftest import picture
-from datasets import Dataset, DatasetDict, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Image
 
 from imageprompt.data.rows import read_rows
 from imageprompt.data.sources import Source, load
@@ -195,29 +195,69 @@ def test_streams_have_the_same_columns_and_no_parts(photos):
         load(Source(str(photos), suffix_column="text", streaming=True), "train")
 
 
-def repeated(photos, **settings):
-    """Two captions a row of its own for each of four images."""
-    lines = [f"{number}.png,{caption}" for caption in ("A dog.", "One dog.") for number in range(4)]
-    (photos / "captions.csv").write_text("\n".join(["image,caption", *lines]) + "\n")
+def repeated(photos, kind="csv", **settings):
+    """Two captions a row of its own for each of four images, which are named or held in the way of that kind."""
+    files, captions = [f"{number}.png" for number in range(4)] * 2, ["A dog."] * 4 + ["One dog."] * 4
+    rows = [{"image": file, "caption": caption} for file, caption in zip(files, captions, strict=True)]
+    table = photos / {"csv": "captions.csv", "folder": "metadata.csv", "held": "rows.parquet"}.get(kind, "rows.json")
+    if kind == "csv":
+        Dataset.from_list(rows).to_csv(table, index=False)
+    elif kind == "folder":
+        Dataset.from_list(rows).rename_column("image", "file_name").to_csv(table, index=False)
+    elif kind == "held":
+        held = Dataset.from_list(rows).map(lambda row: {"image": (photos / row["image"]).read_bytes()})
+        held.cast_column("image", Image()).to_parquet(table)
+    else:  # the second images are in one row with a third one, so that all three belong together
+        lists = [[file] for file in files[:4]] + [["0.png"], ["1.png"], ["2.png", "3.png"], ["3.png"]]
+        table.write_text(json.dumps([row | {"image": list} for row, list in zip(rows, lists, strict=True)]))
     return {"dataset": str(photos), "suffix_column": "caption"} | settings
 
 
+def pictures_of(rows):
+    """The pixels of all images of all rows."""
+    found = [rows[index] for index in range(len(rows))]
+    images = [row["images"] if "images" in row else [row["image"]] for row in found]
+    return {image.convert("RGB").tobytes() for of_row in images for image in of_row}
+
+
+@pytest.mark.parametrize("kind", ["csv", "folder", "held"])
 @pytest.mark.parametrize("join_rows", [False, True])
 @pytest.mark.parametrize("shuffle_rows", [None, 0, 1])
-def test_the_rows_of_an_image_are_never_on_both_sides_of_a_cut(photos, shuffle_rows, join_rows, caplog):
-    source = repeated(photos, shuffle_rows=shuffle_rows, join_rows=join_rows)
+def test_the_rows_of_an_image_are_never_on_both_sides_of_a_cut(photos, shuffle_rows, join_rows, kind, caplog):
+    source = repeated(photos, kind, shuffle_rows=shuffle_rows, join_rows=join_rows)
     parts = [rows_of(split=split, **source) for split in ("train[:75%]", "train[75%:]")]
-    files = [{rows.name(index).split("(")[1] for index in range(len(rows))} for rows in parts]
-    assert not files[0] & files[1] and [len(names) for names in files] == [3, 1]
+    pictures = [pictures_of(rows) for rows in parts]
+    assert not pictures[0] & pictures[1] and [len(each) for each in pictures] == [3, 1]
     assert [len(rows) for rows in parts] == ([3, 1] if join_rows else [6, 2])
 
 
-def test_joined_rows_have_all_texts_of_their_image(photos, caplog):
-    rows = rows_of(**repeated(photos, join_rows=True))
+@pytest.mark.parametrize("shuffle_rows", [None, 0, 1])
+def test_rows_of_several_images_are_on_one_side_with_all_that_share_some(photos, shuffle_rows):
+    source = repeated(photos, "lists", shuffle_rows=shuffle_rows)
+    parts = [rows_of(split=split, **source) for split in ("train[:67%]", "train[67%:]")]
+    pictures = [pictures_of(rows) for rows in parts]
+    assert not pictures[0] & pictures[1] and sorted(len(each) for each in pictures) in ([1, 3], [2, 2])
+    assert sum(len(rows) for rows in parts) == 8
+    joined = rows_of(**source | {"join_rows": True})
+    assert sorted(len(joined.texts(index)[1]) for index in range(len(joined))) == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["csv", "folder", "held"])
+def test_joined_rows_have_all_texts_of_their_image(photos, kind):
+    rows = rows_of(**repeated(photos, kind, join_rows=True))
     assert len(rows) == 4 and rows.texts(3) == ("", ["A dog.", "One dog."])
     assert rows[3]["image"].convert("RGB").tobytes() == picture(3).tobytes()
+
+
+def test_rows_are_not_joined_where_images_are_not_known(photos):
     with pytest.raises(ValueError, match="leave out `--join_rows`"):
         load(Source(**repeated(photos, join_rows=True, streaming=True)), "train")
+    with pytest.raises(
+        ValueError, match="joined by their images: leave out `--join_rows`, or name an `--image_column`"
+    ):
+        rows_of(**repeated(photos, join_rows=True, image_column="none"))
+    with pytest.raises(ValueError, match="has no column 'text'"):
+        rows_of(**repeated(photos, join_rows=True) | {"suffix_column": "text"})
 
 
 def test_joined_questions_are_pairs_with_their_answers(photos):
@@ -232,6 +272,13 @@ def test_several_texts_of_classes_and_lists_are_joined(photos):
     files = ["0.png", "1.png", "0.png"]
     Dataset.from_dict({"image": files, "captions": [["a", "b"], ["c"], ["d"]]}).to_parquet(photos / "rows.parquet")
     assert rows_of(str(photos), suffix_column="captions", join_rows=True).texts(0) == ("", ["a", "b", "d"])
+    questions = {"q": [["A?", "B?"], ["C?"], ["D?"]], "a": [["1", "2"], ["3"], ["4"]]}
+    Dataset.from_dict({"image": files, **questions}).to_parquet(photos / "rows.parquet")
+    rows = rows_of(str(photos), text_column="q", suffix_column="a", join_rows=True)
+    assert [rows.texts(index)[0] for index in range(4)] == ["A?", "B?", "D?", "C?"]
+    kinds = Dataset.from_dict({"image": files, "kind": [1, 0, 1]}).cast_column("kind", ClassLabel(names=["cat", "dog"]))
+    kinds.to_parquet(photos / "rows.parquet")
+    assert rows_of(str(photos), suffix_column="kind", join_rows=True).texts(0) == ("", ["dog", "dog"])
 
 
 def test_tables_are_read_as_they_are_written(photos):
