@@ -6,6 +6,7 @@ named, counted and left out, until there are too many of them.
 
 import copy
 import hashlib
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -552,7 +553,7 @@ def _texts(own: Any, suffixes: Any, source: Source, class_names: list[str] | Non
     """A prompt and its suffixes, with a space between where words would run together."""
     text = source.prompt
     if source.text_column is not None:
-        if not isinstance(own, str) or not own:
+        if not isinstance(own, str) or not own.strip():
             raise ValueError(f"no prompt in {source.text_column!r}, but {own!r}.")
         if text and "{text}" not in text:
             raise ValueError(f"`--prompt` beside `--text_column` holds {{text}}, where each row's own goes: {text!r}.")
@@ -564,15 +565,16 @@ def _texts(own: Any, suffixes: Any, source: Source, class_names: list[str] | Non
 
 
 def _word(value: Any, source: Source, class_names: list[str] | None) -> str:
-    # Tables write the numbers of classes as texts, and with a class missing some libraries wrote 1.0 for 1.
-    if class_names is not None and value not in class_names and re.fullmatch(r"-?\d+(\.0)?", str(value)):
-        value = int(float(value))
-        if not 0 <= value < len(class_names):
-            raise ValueError(f"class {value} in {source.suffix_column!r}, but there are {len(class_names)} names.")
-        return class_names[value]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
+    word = str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+    if not word.strip() or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"no text in {source.suffix_column!r}, but {value!r}.")
-    return str(value)
+    # Tables write the numbers of classes as texts, and with a class missing some libraries wrote 1.0 for 1.
+    if class_names is not None and value not in class_names and re.fullmatch(r"-?\d+(\.0)?", word):
+        number = int(float(word))
+        if not 0 <= number < len(class_names):
+            raise ValueError(f"class {number} in {source.suffix_column!r}, but there are {len(class_names)} names.")
+        return class_names[number]
+    return word
 
 
 def separate(text: str, suffix: str) -> str:

@@ -345,3 +345,14 @@ def test_a_class_is_a_number_however_it_was_written():
     for value in (-1.0, 2.0):
         with pytest.raises(BrokenRow, match="there are 2 names"):
             rows_of({"kind": [value]}, **names).texts(0)
+
+
+@pytest.mark.parametrize("names", [None, ["cat", "dog"]])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "   ", "\n", "", None, True])
+def test_what_is_no_text_is_not_learnt(value, names):
+    settings = {"image_column": "none", "suffix_column": "a", "class_names": names}
+    with pytest.raises(BrokenRow, match="Row 0 of the data: no text in 'a', but"):
+        rows_of({"a": [value]}, **settings).texts(0)
+    if isinstance(value, str):
+        with pytest.raises(BrokenRow, match="Row 0 of the data: no prompt in 'q', but"):
+            rows_of({"q": [value], "a": ["cat"]}, text_column="q", **settings).texts(0)
