@@ -568,13 +568,16 @@ def _word(value: Any, source: Source, class_names: list[str] | None) -> str:
     word = str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
     if not word.strip() or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"no text in {source.suffix_column!r}, but {value!r}.")
+    if class_names is None or value in class_names:
+        return word
     # Tables write the numbers of classes as texts, and with a class missing some libraries wrote 1.0 for 1.
-    if class_names is not None and value not in class_names and re.fullmatch(r"-?\d+(\.0)?", word):
-        number = int(float(word))
-        if not 0 <= number < len(class_names):
-            raise ValueError(f"class {number} in {source.suffix_column!r}, but there are {len(class_names)} names.")
-        return class_names[number]
-    return word
+    number = int(float(word)) if re.fullmatch(r"\d+(\.0)?", word) else len(class_names)
+    if number >= len(class_names):
+        raise ValueError(
+            f"class {value!r} in {source.suffix_column!r}, but there are {len(class_names)} names: "
+            f"{', '.join(class_names):.200}."
+        )
+    return class_names[number]
 
 
 def separate(text: str, suffix: str) -> str:

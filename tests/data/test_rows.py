@@ -356,3 +356,12 @@ def test_what_is_no_text_is_not_learnt(value, names):
     if isinstance(value, str):
         with pytest.raises(BrokenRow, match="Row 0 of the data: no prompt in 'q', but"):
             rows_of({"q": [value], "a": ["cat"]}, text_column="q", **settings).texts(0)
+
+
+@pytest.mark.parametrize("value", ["dog", "2", "-1", "0.5", "Cat"])
+def test_what_is_neither_a_name_nor_the_number_of_one_is_not_learnt(value):
+    names = {"class_names": ["cat", "bird"], "suffix_column": "kind", "image_column": "none"}
+    rows = rows_of({"kind": [value, "cat", "0", "1"]}, **names)
+    with pytest.raises(BrokenRow, match=f"class '{value}' in 'kind', but there are 2 names: cat, bird."):
+        rows.texts(0)
+    assert [rows.texts(index)[1] for index in (1, 2, 3)] == [["cat"], ["cat"], ["bird"]]
