@@ -5,9 +5,8 @@ A [`Source`] names a data set and says which of its columns are what. Its fields
 """
 
 import csv
-import json
-import re
-from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
-from pyarrow import ArrowInvalid
 
 from ..generating import image_suffixes
+from .annotated import read_annotated
 from .cutting import cut
 
 # The builder of `datasets` that reads a file of each kind.
@@ -103,12 +102,10 @@ def load(source: Source, split: str) -> Dataset | IterableDataset:
         split: a name, or a part or sum of splits as `datasets` writes them: "train[:80%]", "train+validation".
 
     Raises:
-        ValueError: if there is no such data, split or column (what is there is named), or the split is empty.
+        ValueError: if there is no such data, split or column (what is there is named), it cannot be read, or the split
+            is empty.
     """
-    try:
-        splits = _load_splits(source)
-    except (ArrowInvalid, DatasetGenerationError) as error:
-        raise ValueError(f"{source.dataset} cannot be read: {error.__cause__ or error}") from error
+    splits = _load_splits(source)
     if source.streaming:
         return _prepared(_stream(source, splits, split), source)
     asked = {name: _prepared(part, source) if name in split else part for name, part in splits.items()}
@@ -119,7 +116,8 @@ def _prepared(dataset: Any, source: Source) -> Any:
     """The data set with its images undecoded, if it has the columns that are asked for."""
     columns = dataset.column_names
     if columns is None:  # a stream of which the first row is not read yet
-        dataset = dataset._resolve_features()
+        with _reading(source.dataset):
+            dataset = dataset._resolve_features()
         columns = dataset.column_names
     wanted = [source.suffix_column] + [source.image_column] * source.has_images + [source.text_column or ""]
     for column in filter(None, wanted):
@@ -147,22 +145,40 @@ def _load_splits(source: Source) -> Any:
     if not path.exists():
         if name.startswith((".", "/", "~")) or path.suffix in _BUILDERS:
             raise ValueError(f"There is no data set at {path}.")
-        return load_dataset(name, source.subset, streaming=source.streaming)
+        with _reading(name):
+            return load_dataset(name, source.subset, streaming=source.streaming)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            saved = load_from_disk(str(path))
+            with _reading(path):
+                saved = load_from_disk(str(path))
             return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         table = _table_beside_images(path)
         if table is None:
-            return load_dataset(str(path), source.subset, streaming=source.streaming)
+            with _reading(path):
+                return load_dataset(str(path), source.subset, streaming=source.streaming)
         path = table
-    if path.suffix == ".json" and (annotated := _annotated_images(path, source)) is not None:
-        return annotated
     if path.suffix not in _BUILDERS:
         raise ValueError(f"{path} is of no kind that can be read; those are {', '.join(sorted(_BUILDERS))}.")
+    if path.stat().st_size < 1000 and not path.read_bytes().strip():
+        raise ValueError(f"{path} has no rows.")
+    if path.suffix == ".json":
+        annotated = read_annotated(path, source.image_root, source.annotations)
+        if annotated is not None:
+            return annotated
     builder = _BUILDERS[path.suffix]
     options = _csv_options(path) if builder == "csv" else {}
-    return load_dataset(builder, data_files={"train": str(path)}, streaming=source.streaming, **options)
+    with _reading(path):
+        return load_dataset(builder, data_files={"train": str(path)}, streaming=source.streaming, **options)
+
+
+@contextmanager
+def _reading(name: Any) -> Iterator[None]:
+    """Whatever `datasets` raises about data is a ValueError that names it: each kind of file has errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        raise ValueError(f"{name} cannot be read: {cause or error}") from error
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
@@ -216,68 +232,3 @@ def _table_beside_images(folder: Path) -> Path | None:
     suffixes = image_suffixes()
     holds_images = any(file.suffix.lower() in suffixes for file in folder.rglob("*"))
     return tables[0] if len(tables) == 1 and not named and holds_images else None
-
-
-def _annotated_images(path: Path, source: Source) -> DatasetDict | None:
-    """The rows of a JSON file in COCO's, Karpathy's or VQA's form; None for any other."""
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError:  # one object a line, or broken, as `datasets` will say
-        return None
-    if not isinstance(content, dict):
-        return None
-    if "questions" in content:
-        return DatasetDict(train=_vqa(content["questions"], source))
-    images = content.get("images")
-    if isinstance(images, list) and images and "sentences" in images[0]:
-        return _karpathy(images)
-    if isinstance(images, list) and "annotations" in content:
-        return DatasetDict(train=_coco(images, content["annotations"]))
-    return None
-
-
-def _coco(images: list[dict], annotations: list[dict]) -> Dataset:
-    """COCO's captions (arXiv 1504.00325): `image`, `image_id` and `captions`, the images without captions left out."""
-    captions = defaultdict(list)
-    for annotation in annotations:
-        captions[annotation["image_id"]].append(annotation["caption"])
-    files = {image["id"]: image["file_name"] for image in images}
-    rows = [{"image": files[id], "image_id": id, "captions": texts} for id, texts in captions.items() if id in files]
-    return Dataset.from_list(rows)
-
-
-def _karpathy(images: list[dict]) -> DatasetDict:
-    """Karpathy's JSON (arXiv 1412.2306) of COCO, Flickr8k and Flickr30k: `image` and `captions` for each split."""
-    splits = defaultdict(list)
-    for image in images:
-        file = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-        captions = [sentence["raw"] for sentence in image["sentences"]]
-        splits["validation" if image["split"] == "val" else image["split"]].append(
-            {"image": file, "captions": captions}
-        )
-    return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
-
-
-def _vqa(questions: list[dict], source: Source) -> Dataset:
-    """VQA's JSON (arXiv 1612.00837): `image`, `question`, the ten `answers` and the commonest, `answer`.
-
-    A question names its image by number; the image is the file whose name ends with it.
-    """
-    files = {}
-    for file in sorted(source.image_root.iterdir()):
-        if number := re.search(r"(\d+)\.\w+$", file.name):
-            files[int(number[1])] = file.name
-    answers = {}
-    if source.annotations is not None:
-        content = json.loads(Path(source.annotations).expanduser().read_text())["annotations"]
-        answers = {entry["question_id"]: entry for entry in content}
-    rows = []
-    for question in questions:
-        row = {key: question[key] for key in ("question_id", "image_id", "question")}
-        row["image"] = files.get(question["image_id"], f"image {question['image_id']} in {source.image_root}")
-        if source.annotations is not None:
-            entry = answers.get(question["question_id"], {})
-            row["answer"] = entry.get("multiple_choice_answer")
-            row["answers"] = [answer["answer"] for answer in entry.get("answers", [])]
-        rows.append(row)
-    return Dataset.from_list(rows)

@@ -1,6 +1,7 @@
 """Every kind of data set that people have is read, and what is missing is named."""
 
 import json
+import re
 import tarfile
 
 import pytest
@@ -325,7 +326,73 @@ def test_a_mark_of_the_byte_order_is_no_part_of_a_name(photos):
     assert rows_of(str(photos), suffix_column="caption").texts(0) == ("", ["A dog."])
 
 
-def test_data_that_cannot_be_read_is_named(photos):
-    (photos / "captions.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match=r"captions.parquet cannot be read: .*[Pp]arquet"):
-        rows_of(str(photos / "captions.parquet"), suffix_column="caption")
+IMAGES = [{"id": 1, "file_name": "0.png"}]
+BROKEN = {
+    "COCO's boxes": (
+        {"images": IMAGES, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]},
+        "an object without caption; it has only image_id, bbox. COCO's captions are in captions_",
+    ),
+    "COCO's images": (
+        {"images": [{"id": 1, "name": "0.png"}], "annotations": [{"image_id": 1, "caption": "A dog."}]},
+        "an object without file_name; it has only id, name.",
+    ),
+    "COCO without captions": ({"images": IMAGES, "annotations": []}, "has no captions of its images"),
+    "Karpathy without splits": (
+        {"images": [{"filename": "0.png", "sentences": [{"raw": "A dog."}]}]},
+        "an object without split; it has only filename, sentences.",
+    ),
+    "Karpathy with texts": (
+        {"images": [{"filename": "0.png", "split": "train", "sentences": ["A dog."]}]},
+        "an object without raw; it is 'A dog.'.",
+    ),
+    "own questions": (
+        {"questions": [{"id": 1, "image": "0.png", "question": "What?", "answer": "A dog."}]},
+        "an object without question_id, image_id; it has only id, image, question, answer. A table of your own",
+    ),
+    "no list": ([], "has no rows"),
+    "no object": ({}, "has no rows"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=list(BROKEN))
+def test_what_a_json_file_lacks_is_said(photos, content, message):
+    file = photos / "rows.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:? {re.escape(message)}"):
+        rows_of(str(photos), suffix_column="captions")
+
+
+def test_questions_are_no_answers(photos):
+    questions = {"questions": [{"question_id": 420, "image_id": 0, "question": "What is it?"}]}
+    (photos / "questions.json").write_text(json.dumps(questions))
+    for answers, message in (
+        (questions, "an object without annotations; it has only questions. `--annotations` names the file of answers"),
+        (
+            {"annotations": [{"question_id": 420, "answers": [{"text": "dog"}]}]},
+            "an object without answer; it has only",
+        ),
+        ("broken", "an object without annotations; it is 'broken'"),
+    ):
+        (photos / "answers.json").write_text(json.dumps(answers))
+        settings = {"annotations": str(photos / "answers.json"), "text_column": "question", "suffix_column": "answer"}
+        with pytest.raises(ValueError, match=f"answers.json: {message}"):
+            rows_of(str(photos / "questions.json"), **settings)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b"", "has no rows"),
+        ("rows.json", b"\n\n", "has no rows"),
+        ("rows.txt", b"", "has no rows"),
+        ("rows.jsonl", b'{"caption": ', "cannot be read: "),
+        ("rows.json", b'{"caption": "\xff', "cannot be read: "),
+        ("rows.parquet", b"no parquet", "cannot be read: .*[Pp]arquet"),
+        ("rows.tar", b"no tar", "cannot be read: "),
+    ],
+)
+def test_data_that_cannot_be_read_is_named(photos, name, content, message, streaming):
+    (photos / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        load(Source(str(photos / name), suffix_column="caption", streaming=streaming), "train")
