@@ -277,7 +277,7 @@ class Mixture(TorchDataset):
     """Rows of several sources in one data set, each with its share.
 
     A pass over the mixture has as many rows as the sources have together. A source that is to give more rows than it
-    has gives some again; one that is to give fewer gives others each time.
+    has gives some again; one that is to give fewer gives others each time. Each source counts its own broken rows.
 
     Args:
         parts: the sources' rows, by name.

@@ -221,6 +221,18 @@ def test_a_mixture_leaves_out_broken_rows_and_names_them(photos):
     assert mixture.broken == [f"Row 0 of the data ({photos[2]})"]
 
 
+def test_every_source_of_a_mixture_has_its_own_count_of_broken_rows(photos):
+    def parts(*files):
+        return {
+            str(n): rows_of({"image": own, "suffix": ["x"] * len(own)}, max_broken=1) for n, own in enumerate(files)
+        }
+
+    mixture = Mixture(parts(photos[1:3], photos[3:5]))
+    assert len(mixture.__getitems__(range(4))) == 2 and len(mixture.broken) == 2
+    with pytest.raises(ValueError, match="2 broken rows of 3; the last: Row 2 of"):
+        Mixture(parts(photos[:1], photos[1:4])).__getitems__(range(4))
+
+
 @pytest.mark.parametrize(("weights", "message"), [([1], "1 weights for 2"), ([1, 0], "weight of b .* got 0")])
 def test_wrong_weights_are_named(weights, message):
     with pytest.raises(ValueError, match=message):
