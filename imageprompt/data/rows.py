@@ -427,13 +427,18 @@ class StreamMixture(TorchIterableDataset):
 
     Args:
         parts: the streams, by name.
-        weights: the share of each, in any unit; equal by default.
+        weights: the share of each, in any unit; only one stream alone needs none.
         seed: of the draws.
+
+    Raises:
+        ValueError: if several streams have no weights, or a weight is not positive.
     """
 
     def __init__(self, parts: dict[str, IterableDataset], weights: Sequence[float] | None = None, seed: int = 0):
         self.parts, self.seed, self.epoch = parts, seed, 0
-        self.weights = check_weights(weights, list(parts)) or [1.0] * len(parts)
+        if weights is None and len(parts) > 1:
+            raise ValueError(f"How many rows streams have is not known: give each of {', '.join(parts)} a `weight`.")
+        self.weights = check_weights(weights, list(parts)) or [1.0]
 
     def set_epoch(self, epoch: int) -> None:
         """Draw in another order, and let the streams shuffle anew."""

@@ -280,7 +280,7 @@ def test_streams_are_mixed_by_weight_and_shared_by_processes(tmp_path):
     rows = [row["suffix"] for row in StreamMixture(streams, [1, 4])]
     assert len(set(rows)) == 160  # all of both, some of b again
     assert [row[0] for row in rows[:100]].count("b") == pytest.approx(80, abs=15)
-    mixture = DataLoader(StreamMixture(streams), batch_size=4, num_workers=3, collate_fn=list)  # one finds no shard
+    mixture = DataLoader(StreamMixture(streams, [1, 1]), 4, num_workers=3, collate_fn=list)  # one finds no shard
     assert {row["suffix"] for batch in mixture for row in batch} == set(rows)
     loader = DataLoader(streams["a"], batch_size=4, num_workers=2, collate_fn=list)
     assert sorted(row["suffix"] for batch in loader for row in batch) == sorted(r["suffix"] for r in streams["a"])
@@ -342,7 +342,7 @@ def test_a_mixture_of_streams_is_drawn_anew_in_every_epoch(tmp_path):
         source = Source(str(tmp_path / f"{name}.jsonl"), image_column="none", suffix_column="word", streaming=True)
         return stream_rows(source, "train").shuffle(seed=0, buffer_size=20)
 
-    mixture = StreamMixture({name: stream(name) for name in "ab"})
+    mixture = StreamMixture({name: stream(name) for name in "ab"}, [1, 1])
     passes = []
     for epoch in (0, 1, 0):
         mixture.set_epoch(epoch)
