@@ -11,8 +11,9 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
 from imageprompt.data.augmenting import augmentation
-from imageprompt.data.rows import BrokenRow, Mixture, Rows, StreamMixture, read_rows, separate, stream_rows
+from imageprompt.data.rows import BrokenRow, Mixture, Rows, StreamMixture, read_rows, stream_rows
 from imageprompt.data.sources import Source, undecoded
+from imageprompt.data.texts import separate
 
 CAPTIONS = [["a dog", "one dog"], ["a cat", "one cat"]]
 
