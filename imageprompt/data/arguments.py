@@ -49,7 +49,9 @@ class DataArguments(TrainingSource):
         default=None,
         metadata={"help": "In training, lay rows one behind the other in lines of so many tokens, instead of padding."},
     )
-    max_broken_rows: int = field(default=100, metadata={"help": "Leave out so many rows that cannot be read."})
+    max_broken_rows: int = field(
+        default=100, metadata={"help": "Leave out so many rows of a source that cannot be read."}
+    )
     shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream that are shuffled among each other."})
 
 

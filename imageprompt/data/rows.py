@@ -7,7 +7,6 @@ named, counted and left out, until there are too many of them.
 import copy
 import hashlib
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -16,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, IterableDataset, List
+from datasets import Dataset, IterableDataset, List
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers.utils import logging
 
 from ..image_processing import ImageFeatures, open_image, to_mode
 from .sources import Source, load
+from .texts import all_texts, class_names_of, draw_texts
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +97,7 @@ class Rows(TorchDataset):
     ):
         self.source, self.augment, self.draw, self.max_broken = source, augment, draw, max_broken
         self.texts_per_image = check_texts_per_image(texts_per_image)
-        self.class_names = _class_names(dataset, source)
+        self.class_names = class_names_of(dataset, source)
         self._images = dataset.select_columns([source.image_column]) if source.has_images else None
         # Asked once: the library copies all features whenever it is asked for them.
         self._in_lists = source.has_images and isinstance(dataset.features[source.image_column], List)
@@ -141,7 +141,7 @@ class Rows(TorchDataset):
         """
         with self._draws.of(index):
             if self.texts_per_image > 1:
-                return _draw(self.all_texts(index), self.texts_per_image) | self._read_images(index)
+                return draw_texts(self.all_texts(index), self.texts_per_image) | self._read_images(index)
             text, suffixes = self.texts(index)
             row = {"text": text, "suffix": random.choice(suffixes) if self.draw else suffixes[0]}
             return row | self._read_images(index)
@@ -198,7 +198,7 @@ class Rows(TorchDataset):
         """
         row, number = self._locate(index)
         with _naming(lambda: self.name(index)):
-            return _all_texts(self._texts[row], self.source, self.class_names, number)
+            return all_texts(self._texts[row], self.source, self.class_names, number)
 
     def count_images(self, index: int) -> int:
         """How many images a row has."""
@@ -285,7 +285,7 @@ class Mixture(TorchDataset):
     """Rows of several sources in one data set, each with its share.
 
     A pass over the mixture has as many rows as the sources have together. A source that is to give more rows than it
-    has gives some again; one that is to give fewer gives others each time.
+    has gives some again; one that is to give fewer gives others each time. Each source counts its own broken rows.
 
     Args:
         parts: the sources' rows, by name.
@@ -400,7 +400,7 @@ def stream_rows(
         ValueError: as [`load`] does, or if no row can be read.
     """
     dataset = load(source, split)
-    class_names = _class_names(dataset, source)
+    class_names = class_names_of(dataset, source)
     check_texts_per_image(texts_per_image)
     broken = set()
 
@@ -410,10 +410,10 @@ def stream_rows(
         rows = []
         try:
             with _naming(lambda: name):
-                texts = _all_texts(values, source, class_names)
+                texts = all_texts(values, source, class_names)
                 images = _images(values[source.image_column], source.image_root, augment) if source.has_images else {}
                 if texts_per_image > 1:
-                    rows.append(_draw(texts, texts_per_image) | images)
+                    rows.append(draw_texts(texts, texts_per_image) | images)
                 else:
                     rows += [{"text": text, "suffix": random.choice(suffixes), **images} for text, suffixes in texts]
         except BrokenRow as error:
@@ -435,13 +435,18 @@ class StreamMixture(TorchIterableDataset):
 
     Args:
         parts: the streams, by name.
-        weights: the share of each, in any unit; equal by default.
+        weights: the share of each, in any unit; only one stream alone needs none.
         seed: of the draws.
+
+    Raises:
+        ValueError: if several streams have no weights, or a weight is not positive.
     """
 
     def __init__(self, parts: dict[str, IterableDataset], weights: Sequence[float] | None = None, seed: int = 0):
         self.parts, self.seed, self.epoch = parts, seed, 0
-        self.weights = check_weights(weights, list(parts)) or [1.0] * len(parts)
+        if weights is None and len(parts) > 1:
+            raise ValueError(f"How many rows streams have is not known: give each of {', '.join(parts)} a `weight`.")
+        self.weights = check_weights(weights, list(parts)) or [1.0]
 
     def set_epoch(self, epoch: int) -> None:
         """Draw in another order, and let the streams shuffle anew."""
@@ -508,14 +513,6 @@ def _naming(name: Callable[[], str]) -> Iterator[None]:
         raise BrokenRow(f"{name()}: {error}") from error
 
 
-def _class_names(dataset: Dataset | IterableDataset, source: Source) -> list[str] | None:
-    feature = dataset.features[source.suffix_column]
-    names = feature.names if isinstance(feature, ClassLabel) else None
-    if source.class_names is not None and names is not None and len(source.class_names) != len(names):
-        raise ValueError(f"`--class_names` has {len(source.class_names)} words for the {len(names)} classes {names}.")
-    return source.class_names or names
-
-
 def check_texts_per_image(number: int) -> int:
     """The number itself.
 
@@ -525,66 +522,6 @@ def check_texts_per_image(number: int) -> int:
     if number < 1:
         raise ValueError(f"`--texts_per_image` is at least 1, got {number}.")
     return number
-
-
-def _all_texts(
-    values: dict[str, Any], source: Source, class_names: list[str] | None, number: int | None = None
-) -> list[tuple[str, list[str]]]:
-    """Every prompt of a row, or the one of that number, with its suffixes."""
-    prompts = values[source.text_column] if source.text_column is not None else None
-    suffixes = values[source.suffix_column]
-    if not isinstance(prompts, list):
-        return [_texts(prompts, suffixes, source, class_names)]
-    if not isinstance(suffixes, list) or len(suffixes) != len(prompts) or not prompts:
-        raise ValueError(
-            f"{len(prompts)} of {source.text_column!r} but {suffixes!r:.200} in {source.suffix_column!r}: lists of "
-            "prompts need lists of as many suffixes."
-        )
-    numbers = range(len(prompts)) if number is None else [number]
-    return [_texts(prompts[n], suffixes[n], source, class_names) for n in numbers]
-
-
-def _draw(texts: list[tuple[str, list[str]]], number: int) -> dict[str, list[str]]:
-    """So many different texts of an image; of several suffixes for each of several prompts, one for each prompt."""
-    if len(texts) == 1:
-        ((prompt, suffixes),) = texts
-        choices = [(prompt, suffix) for suffix in suffixes]
-    else:
-        choices = [(prompt, random.choice(suffixes)) for prompt, suffixes in texts]
-    drawn = random.sample(choices, min(number, len(choices)))
-    return {"text": [prompt for prompt, _ in drawn], "suffix": [suffix for _, suffix in drawn]}
-
-
-def _texts(own: Any, suffixes: Any, source: Source, class_names: list[str] | None) -> tuple[str, list[str]]:
-    """A prompt and its suffixes, with a space between where words would run together."""
-    text = source.prompt
-    if source.text_column is not None:
-        if not isinstance(own, str) or not own:
-            raise ValueError(f"no prompt in {source.text_column!r}, but {own!r}.")
-        if text and "{text}" not in text:
-            raise ValueError(f"`--prompt` beside `--text_column` holds {{text}}, where each row's own goes: {text!r}.")
-        text = text.replace("{text}", own) if text else own
-    words = [_word(value, source, class_names) for value in (suffixes if isinstance(suffixes, list) else [suffixes])]
-    if not words:
-        raise ValueError(f"no text in {source.suffix_column!r}.")
-    return text, [separate(text, word) for word in words]
-
-
-def _word(value: Any, source: Source, class_names: list[str] | None) -> str:
-    # Tables write the numbers of classes as texts, and with a class missing some libraries wrote 1.0 for 1.
-    if class_names is not None and value not in class_names and re.fullmatch(r"-?\d+(\.0)?", str(value)):
-        value = int(float(value))
-        if not 0 <= value < len(class_names):
-            raise ValueError(f"class {value} in {source.suffix_column!r}, but there are {len(class_names)} names.")
-        return class_names[value]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
-        raise ValueError(f"no text in {source.suffix_column!r}, but {value!r}.")
-    return str(value)
-
-
-def separate(text: str, suffix: str) -> str:
-    """The suffix with a space in front where the words would otherwise run together."""
-    return suffix if not text or text[-1].isspace() or suffix[:1].isspace() else f" {suffix}"
 
 
 def _images(value: Any, root: Path, augment: Augmentation | None) -> dict[str, Any]:

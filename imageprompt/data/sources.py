@@ -5,10 +5,8 @@ A [`Source`] names a data set and says which of its columns are what. Its fields
 """
 
 import csv
-import json
-import random
-import re
-from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,19 +19,15 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     List,
-    ReadInstruction,
     Value,
-    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
-from pyarrow import ArrowInvalid
-from transformers.utils import logging
 
 from ..generating import image_suffixes
-
-logger = logging.get_logger(__name__)
+from .annotated import read_annotated
+from .cutting import cut
 
 # The builder of `datasets` that reads a file of each kind.
 _BUILDERS = {
@@ -78,7 +72,7 @@ class Source:
         default=None, metadata={"help": "Seed to shuffle the rows with before a split such as train[:80%%] is cut."}
     )
     join_rows: bool = field(
-        default=False, metadata={"help": "Rows that name the same image file become one, with a list of their texts."}
+        default=False, metadata={"help": "Rows that show the same image become one, with a list of their texts."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read on while training, without a copy on the disk."})
 
@@ -108,16 +102,22 @@ def load(source: Source, split: str) -> Dataset | IterableDataset:
         split: a name, or a part or sum of splits as `datasets` writes them: "train[:80%]", "train+validation".
 
     Raises:
-        ValueError: if there is no such data, split or column (what is there is named), or the split is empty.
+        ValueError: if there is no such data, split or column (what is there is named), it cannot be read, or the split
+            is empty.
     """
-    try:
-        splits = _load_splits(source)
-    except (ArrowInvalid, DatasetGenerationError) as error:
-        raise ValueError(f"{source.dataset} cannot be read: {error.__cause__ or error}") from error
-    dataset = _stream(source, splits, split) if source.streaming else _cut(source, splits, split)
+    splits = _load_splits(source)
+    if source.streaming:
+        return _prepared(_stream(source, splits, split), source)
+    asked = {name: _prepared(part, source) if name in split else part for name, part in splits.items()}
+    return cut(source, asked, split)
+
+
+def _prepared(dataset: Any, source: Source) -> Any:
+    """The data set with its images undecoded, if it has the columns that are asked for."""
     columns = dataset.column_names
     if columns is None:  # a stream of which the first row is not read yet
-        dataset = dataset._resolve_features()
+        with _reading(source.dataset):
+            dataset = dataset._resolve_features()
         columns = dataset.column_names
     wanted = [source.suffix_column] + [source.image_column] * source.has_images + [source.text_column or ""]
     for column in filter(None, wanted):
@@ -145,22 +145,40 @@ def _load_splits(source: Source) -> Any:
     if not path.exists():
         if name.startswith((".", "/", "~")) or path.suffix in _BUILDERS:
             raise ValueError(f"There is no data set at {path}.")
-        return load_dataset(name, source.subset, streaming=source.streaming)
+        with _reading(name):
+            return load_dataset(name, source.subset, streaming=source.streaming)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            saved = load_from_disk(str(path))
+            with _reading(path):
+                saved = load_from_disk(str(path))
             return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         table = _table_beside_images(path)
         if table is None:
-            return load_dataset(str(path), source.subset, streaming=source.streaming)
+            with _reading(path):
+                return load_dataset(str(path), source.subset, streaming=source.streaming)
         path = table
-    if path.suffix == ".json" and (annotated := _annotated_images(path, source)) is not None:
-        return annotated
     if path.suffix not in _BUILDERS:
         raise ValueError(f"{path} is of no kind that can be read; those are {', '.join(sorted(_BUILDERS))}.")
+    if path.stat().st_size < 1000 and not path.read_bytes().strip():
+        raise ValueError(f"{path} has no rows.")
+    if path.suffix == ".json":
+        annotated = read_annotated(path, source.image_root, source.annotations)
+        if annotated is not None:
+            return annotated
     builder = _BUILDERS[path.suffix]
     options = _csv_options(path) if builder == "csv" else {}
-    return load_dataset(builder, data_files={"train": str(path)}, streaming=source.streaming, **options)
+    with _reading(path):
+        return load_dataset(builder, data_files={"train": str(path)}, streaming=source.streaming, **options)
+
+
+@contextmanager
+def _reading(name: Any) -> Iterator[None]:
+    """Whatever `datasets` raises about data is a ValueError that names it: each kind of file has errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        raise ValueError(f"{name} cannot be read: {cause or error}") from error
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
@@ -191,68 +209,6 @@ def _csv_options(path: Path) -> dict[str, Any]:
     return {"sep": separator, "features": features, "na_filter": False, "encoding": "utf-8-sig"}
 
 
-def _cut(source: Source, splits: DatasetDict, split: str) -> Dataset:
-    """The rows of a split or of parts of some; the rows of an image stay together."""
-    # Other splits are only there to be named in messages.
-    images = {name: _rows_of_images(part, source) if name in split else None for name, part in splits.items()}
-    if source.join_rows:
-        splits = DatasetDict({name: _joined(part, images[name], source) for name, part in splits.items()})
-        images = dict.fromkeys(images)
-    try:
-        sizes = {name: len(images[name] or part) for name, part in splits.items()}
-        parts = ReadInstruction.from_spec(split).to_absolute(sizes)
-    except ValueError as error:
-        raise ValueError(
-            f"{source.dataset} has no split {split!r}; it has {', '.join(splits)}. A part of one is cut like "
-            f'"{next(iter(splits))}[:80%]".'
-        ) from error
-    chosen = []
-    for part in parts:
-        numbers = list(range(sizes[part.splitname]))
-        if source.shuffle_rows is not None:
-            random.Random(source.shuffle_rows).shuffle(numbers)
-        numbers = numbers[part.from_ : part.to]
-        if (rows := images[part.splitname]) is not None:
-            numbers = [row for number in numbers for row in rows[number]]
-        chosen.append(splits[part.splitname].select(numbers))
-    dataset = concatenate_datasets(chosen)
-    if len(dataset) == 0:
-        raise ValueError(f"The split {split!r} of {source.dataset} is empty.")
-    return dataset
-
-
-def _rows_of_images(dataset: Dataset, source: Source) -> list[list[int]] | None:
-    """The rows of each image, where several rows of a table name the same file; else None."""
-    if dataset.features.get(source.image_column) not in (Value("string"), Value("large_string")):
-        return None
-    rows = defaultdict(list)
-    for number, file in enumerate(dataset[source.image_column]):
-        rows[file].append(number)
-    if len(rows) == len(dataset):
-        return None
-    if source.text_column is None and not source.join_rows:
-        logger.warning_once(
-            f"{source.dataset} names {len(rows):,} images in {len(dataset):,} rows: `--join_rows` makes one row of "
-            "each, of whose texts training draws one and scoring uses all."
-        )
-    return list(rows.values())
-
-
-def _joined(dataset: Dataset, images: list[list[int]] | None, source: Source) -> Dataset:
-    """One row for each image, with lists of its texts and, where there are some, of its prompts."""
-    if images is None:
-        return dataset
-    columns = list(filter(None, (source.text_column, source.suffix_column)))
-    joined = dataset.select([rows[0] for rows in images]).select_columns([source.image_column])
-    for column in columns:
-        feature, values = dataset.features[column], dataset[column]
-        texts = [[values[row] for row in rows] for rows in images]
-        if isinstance(feature, List) and source.text_column is None:
-            feature, texts = feature.feature, [[text for several in lists for text in several] for lists in texts]
-        joined = joined.add_column(column, texts, feature=List(feature))
-    return joined
-
-
 def _stream(source: Source, splits: IterableDatasetDict, split: str) -> IterableDataset:
     if source.join_rows:
         raise ValueError("The rows of a stream cannot be joined, as they come one by one: leave out `--join_rows`.")
@@ -276,68 +232,3 @@ def _table_beside_images(folder: Path) -> Path | None:
     suffixes = image_suffixes()
     holds_images = any(file.suffix.lower() in suffixes for file in folder.rglob("*"))
     return tables[0] if len(tables) == 1 and not named and holds_images else None
-
-
-def _annotated_images(path: Path, source: Source) -> DatasetDict | None:
-    """The rows of a JSON file in COCO's, Karpathy's or VQA's form; None for any other."""
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError:  # one object a line, or broken, as `datasets` will say
-        return None
-    if not isinstance(content, dict):
-        return None
-    if "questions" in content:
-        return DatasetDict(train=_vqa(content["questions"], source))
-    images = content.get("images")
-    if isinstance(images, list) and images and "sentences" in images[0]:
-        return _karpathy(images)
-    if isinstance(images, list) and "annotations" in content:
-        return DatasetDict(train=_coco(images, content["annotations"]))
-    return None
-
-
-def _coco(images: list[dict], annotations: list[dict]) -> Dataset:
-    """COCO's captions (arXiv 1504.00325): `image`, `image_id` and `captions`, the images without captions left out."""
-    captions = defaultdict(list)
-    for annotation in annotations:
-        captions[annotation["image_id"]].append(annotation["caption"])
-    files = {image["id"]: image["file_name"] for image in images}
-    rows = [{"image": files[id], "image_id": id, "captions": texts} for id, texts in captions.items() if id in files]
-    return Dataset.from_list(rows)
-
-
-def _karpathy(images: list[dict]) -> DatasetDict:
-    """Karpathy's JSON (arXiv 1412.2306) of COCO, Flickr8k and Flickr30k: `image` and `captions` for each split."""
-    splits = defaultdict(list)
-    for image in images:
-        file = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-        captions = [sentence["raw"] for sentence in image["sentences"]]
-        splits["validation" if image["split"] == "val" else image["split"]].append(
-            {"image": file, "captions": captions}
-        )
-    return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
-
-
-def _vqa(questions: list[dict], source: Source) -> Dataset:
-    """VQA's JSON (arXiv 1612.00837): `image`, `question`, the ten `answers` and the commonest, `answer`.
-
-    A question names its image by number; the image is the file whose name ends with it.
-    """
-    files = {}
-    for file in sorted(source.image_root.iterdir()):
-        if number := re.search(r"(\d+)\.\w+$", file.name):
-            files[int(number[1])] = file.name
-    answers = {}
-    if source.annotations is not None:
-        content = json.loads(Path(source.annotations).expanduser().read_text())["annotations"]
-        answers = {entry["question_id"]: entry for entry in content}
-    rows = []
-    for question in questions:
-        row = {key: question[key] for key in ("question_id", "image_id", "question")}
-        row["image"] = files.get(question["image_id"], f"image {question['image_id']} in {source.image_root}")
-        if source.annotations is not None:
-            entry = answers.get(question["question_id"], {})
-            row["answer"] = entry.get("multiple_choice_answer")
-            row["answers"] = [answer["answer"] for answer in entry.get("answers", [])]
-        rows.append(row)
-    return Dataset.from_list(rows)

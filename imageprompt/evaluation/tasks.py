@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..data.rows import BrokenRow, Rows, separate, stop_if_too_many
+from ..data.rows import BrokenRow, Rows, stop_if_too_many
+from ..data.texts import separate
 from ..decoding import evaluating
 from ..generating import generate_texts
 from ..modeling import ImagePromptForConditionalGeneration

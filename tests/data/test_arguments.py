@@ -56,6 +56,11 @@ def test_streams(folders):
     entries = [{"dataset": str(folders / name), "streaming": True, "weight": 1} for name in "ab"]
     mixed, _ = training_data(mixture(folders, *entries), SIZE, evaluates=False)
     assert {row["suffix"][0] for row in islice(mixed, 10)} == {"a", "b"}
+    unweighted = [{"dataset": str(folders / name), "streaming": True} for name in "ab"]
+    with pytest.raises(ValueError, match="rows streams have is not known: give each of a, b a `weight`"):
+        training_data(mixture(folders, *unweighted), SIZE, evaluates=False)
+    alone, _ = training_data(mixture(folders, unweighted[0]), SIZE, evaluates=False)
+    assert sorted(row["suffix"] for row in alone) == [f"a{n}" for n in range(4)]
 
 
 @pytest.mark.parametrize(

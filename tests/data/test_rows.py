@@ -11,8 +11,9 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
 from imageprompt.data.augmenting import augmentation
-from imageprompt.data.rows import BrokenRow, Mixture, Rows, StreamMixture, read_rows, separate, stream_rows
+from imageprompt.data.rows import BrokenRow, Mixture, Rows, StreamMixture, read_rows, stream_rows
 from imageprompt.data.sources import Source, undecoded
+from imageprompt.data.texts import separate
 
 CAPTIONS = [["a dog", "one dog"], ["a cat", "one cat"]]
 
@@ -221,6 +222,18 @@ def test_a_mixture_leaves_out_broken_rows_and_names_them(photos):
     assert mixture.broken == [f"Row 0 of the data ({photos[2]})"]
 
 
+def test_every_source_of_a_mixture_has_its_own_count_of_broken_rows(photos):
+    def parts(*files):
+        return {
+            str(n): rows_of({"image": own, "suffix": ["x"] * len(own)}, max_broken=1) for n, own in enumerate(files)
+        }
+
+    mixture = Mixture(parts(photos[1:3], photos[3:5]))
+    assert len(mixture.__getitems__(range(4))) == 2 and len(mixture.broken) == 2
+    with pytest.raises(ValueError, match="2 broken rows of 3; the last: Row 2 of"):
+        Mixture(parts(photos[:1], photos[1:4])).__getitems__(range(4))
+
+
 @pytest.mark.parametrize(("weights", "message"), [([1], "1 weights for 2"), ([1, 0], "weight of b .* got 0")])
 def test_wrong_weights_are_named(weights, message):
     with pytest.raises(ValueError, match=message):
@@ -268,7 +281,7 @@ def test_streams_are_mixed_by_weight_and_shared_by_processes(tmp_path):
     rows = [row["suffix"] for row in StreamMixture(streams, [1, 4])]
     assert len(set(rows)) == 160  # all of both, some of b again
     assert [row[0] for row in rows[:100]].count("b") == pytest.approx(80, abs=15)
-    mixture = DataLoader(StreamMixture(streams), batch_size=4, num_workers=3, collate_fn=list)  # one finds no shard
+    mixture = DataLoader(StreamMixture(streams, [1, 1]), 4, num_workers=3, collate_fn=list)  # one finds no shard
     assert {row["suffix"] for batch in mixture for row in batch} == set(rows)
     loader = DataLoader(streams["a"], batch_size=4, num_workers=2, collate_fn=list)
     assert sorted(row["suffix"] for batch in loader for row in batch) == sorted(r["suffix"] for r in streams["a"])
@@ -330,7 +343,7 @@ def test_a_mixture_of_streams_is_drawn_anew_in_every_epoch(tmp_path):
         source = Source(str(tmp_path / f"{name}.jsonl"), image_column="none", suffix_column="word", streaming=True)
         return stream_rows(source, "train").shuffle(seed=0, buffer_size=20)
 
-    mixture = StreamMixture({name: stream(name) for name in "ab"})
+    mixture = StreamMixture({name: stream(name) for name in "ab"}, [1, 1])
     passes = []
     for epoch in (0, 1, 0):
         mixture.set_epoch(epoch)
@@ -345,3 +358,23 @@ def test_a_class_is_a_number_however_it_was_written():
     for value in (-1.0, 2.0):
         with pytest.raises(BrokenRow, match="there are 2 names"):
             rows_of({"kind": [value]}, **names).texts(0)
+
+
+@pytest.mark.parametrize("names", [None, ["cat", "dog"]])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "   ", "\n", "", None, True])
+def test_what_is_no_text_is_not_learnt(value, names):
+    settings = {"image_column": "none", "suffix_column": "a", "class_names": names}
+    with pytest.raises(BrokenRow, match="Row 0 of the data: no text in 'a', but"):
+        rows_of({"a": [value]}, **settings).texts(0)
+    if isinstance(value, str):
+        with pytest.raises(BrokenRow, match="Row 0 of the data: no prompt in 'q', but"):
+            rows_of({"q": [value], "a": ["cat"]}, text_column="q", **settings).texts(0)
+
+
+@pytest.mark.parametrize("value", ["dog", "2", "-1", "0.5", "Cat"])
+def test_what_is_neither_a_name_nor_the_number_of_one_is_not_learnt(value):
+    names = {"class_names": ["cat", "bird"], "suffix_column": "kind", "image_column": "none"}
+    rows = rows_of({"kind": [value, "cat", "0", "1"]}, **names)
+    with pytest.raises(BrokenRow, match=f"class '{value}' in 'kind', but there are 2 names: cat, bird."):
+        rows.texts(0)
+    assert [rows.texts(index)[1] for index in (1, 2, 3)] == [["cat"], ["cat"], ["bird"]]

@@ -1,11 +1,12 @@
 """Every kind of data set that people have is read, and what is missing is named."""
 
 import json
+import re
 import tarfile
 
 import pytest
 from conftest import picture
-from datasets import Dataset, DatasetDict, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Image
 
 from imageprompt.data.rows import read_rows
 from imageprompt.data.sources import Source, load
@@ -195,29 +196,69 @@ def test_streams_have_the_same_columns_and_no_parts(photos):
         load(Source(str(photos), suffix_column="text", streaming=True), "train")
 
 
-def repeated(photos, **settings):
-    """Two captions a row of its own for each of four images."""
-    lines = [f"{number}.png,{caption}" for caption in ("A dog.", "One dog.") for number in range(4)]
-    (photos / "captions.csv").write_text("\n".join(["image,caption", *lines]) + "\n")
+def repeated(photos, kind="csv", **settings):
+    """Two captions a row of its own for each of four images, which are named or held in the way of that kind."""
+    files, captions = [f"{number}.png" for number in range(4)] * 2, ["A dog."] * 4 + ["One dog."] * 4
+    rows = [{"image": file, "caption": caption} for file, caption in zip(files, captions, strict=True)]
+    table = photos / {"csv": "captions.csv", "folder": "metadata.csv", "held": "rows.parquet"}.get(kind, "rows.json")
+    if kind == "csv":
+        Dataset.from_list(rows).to_csv(table, index=False)
+    elif kind == "folder":
+        Dataset.from_list(rows).rename_column("image", "file_name").to_csv(table, index=False)
+    elif kind == "held":
+        held = Dataset.from_list(rows).map(lambda row: {"image": (photos / row["image"]).read_bytes()})
+        held.cast_column("image", Image()).to_parquet(table)
+    else:  # the second images are in one row with a third one, so that all three belong together
+        lists = [[file] for file in files[:4]] + [["0.png"], ["1.png"], ["2.png", "3.png"], ["3.png"]]
+        table.write_text(json.dumps([row | {"image": list} for row, list in zip(rows, lists, strict=True)]))
     return {"dataset": str(photos), "suffix_column": "caption"} | settings
 
 
+def pictures_of(rows):
+    """The pixels of all images of all rows."""
+    found = [rows[index] for index in range(len(rows))]
+    images = [row["images"] if "images" in row else [row["image"]] for row in found]
+    return {image.convert("RGB").tobytes() for of_row in images for image in of_row}
+
+
+@pytest.mark.parametrize("kind", ["csv", "folder", "held"])
 @pytest.mark.parametrize("join_rows", [False, True])
 @pytest.mark.parametrize("shuffle_rows", [None, 0, 1])
-def test_the_rows_of_an_image_are_never_on_both_sides_of_a_cut(photos, shuffle_rows, join_rows, caplog):
-    source = repeated(photos, shuffle_rows=shuffle_rows, join_rows=join_rows)
+def test_the_rows_of_an_image_are_never_on_both_sides_of_a_cut(photos, shuffle_rows, join_rows, kind, caplog):
+    source = repeated(photos, kind, shuffle_rows=shuffle_rows, join_rows=join_rows)
     parts = [rows_of(split=split, **source) for split in ("train[:75%]", "train[75%:]")]
-    files = [{rows.name(index).split("(")[1] for index in range(len(rows))} for rows in parts]
-    assert not files[0] & files[1] and [len(names) for names in files] == [3, 1]
+    pictures = [pictures_of(rows) for rows in parts]
+    assert not pictures[0] & pictures[1] and [len(each) for each in pictures] == [3, 1]
     assert [len(rows) for rows in parts] == ([3, 1] if join_rows else [6, 2])
 
 
-def test_joined_rows_have_all_texts_of_their_image(photos, caplog):
-    rows = rows_of(**repeated(photos, join_rows=True))
+@pytest.mark.parametrize("shuffle_rows", [None, 0, 1])
+def test_rows_of_several_images_are_on_one_side_with_all_that_share_some(photos, shuffle_rows):
+    source = repeated(photos, "lists", shuffle_rows=shuffle_rows)
+    parts = [rows_of(split=split, **source) for split in ("train[:67%]", "train[67%:]")]
+    pictures = [pictures_of(rows) for rows in parts]
+    assert not pictures[0] & pictures[1] and sorted(len(each) for each in pictures) in ([1, 3], [2, 2])
+    assert sum(len(rows) for rows in parts) == 8
+    joined = rows_of(**source | {"join_rows": True})
+    assert sorted(len(joined.texts(index)[1]) for index in range(len(joined))) == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["csv", "folder", "held"])
+def test_joined_rows_have_all_texts_of_their_image(photos, kind):
+    rows = rows_of(**repeated(photos, kind, join_rows=True))
     assert len(rows) == 4 and rows.texts(3) == ("", ["A dog.", "One dog."])
     assert rows[3]["image"].convert("RGB").tobytes() == picture(3).tobytes()
+
+
+def test_rows_are_not_joined_where_images_are_not_known(photos):
     with pytest.raises(ValueError, match="leave out `--join_rows`"):
         load(Source(**repeated(photos, join_rows=True, streaming=True)), "train")
+    with pytest.raises(
+        ValueError, match="joined by their images: leave out `--join_rows`, or name an `--image_column`"
+    ):
+        rows_of(**repeated(photos, join_rows=True, image_column="none"))
+    with pytest.raises(ValueError, match="has no column 'text'"):
+        rows_of(**repeated(photos, join_rows=True) | {"suffix_column": "text"})
 
 
 def test_joined_questions_are_pairs_with_their_answers(photos):
@@ -232,6 +273,13 @@ def test_several_texts_of_classes_and_lists_are_joined(photos):
     files = ["0.png", "1.png", "0.png"]
     Dataset.from_dict({"image": files, "captions": [["a", "b"], ["c"], ["d"]]}).to_parquet(photos / "rows.parquet")
     assert rows_of(str(photos), suffix_column="captions", join_rows=True).texts(0) == ("", ["a", "b", "d"])
+    questions = {"q": [["A?", "B?"], ["C?"], ["D?"]], "a": [["1", "2"], ["3"], ["4"]]}
+    Dataset.from_dict({"image": files, **questions}).to_parquet(photos / "rows.parquet")
+    rows = rows_of(str(photos), text_column="q", suffix_column="a", join_rows=True)
+    assert [rows.texts(index)[0] for index in range(4)] == ["A?", "B?", "D?", "C?"]
+    kinds = Dataset.from_dict({"image": files, "kind": [1, 0, 1]}).cast_column("kind", ClassLabel(names=["cat", "dog"]))
+    kinds.to_parquet(photos / "rows.parquet")
+    assert rows_of(str(photos), suffix_column="kind", join_rows=True).texts(0) == ("", ["dog", "dog"])
 
 
 def test_tables_are_read_as_they_are_written(photos):
@@ -278,7 +326,73 @@ def test_a_mark_of_the_byte_order_is_no_part_of_a_name(photos):
     assert rows_of(str(photos), suffix_column="caption").texts(0) == ("", ["A dog."])
 
 
-def test_data_that_cannot_be_read_is_named(photos):
-    (photos / "captions.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match=r"captions.parquet cannot be read: .*[Pp]arquet"):
-        rows_of(str(photos / "captions.parquet"), suffix_column="caption")
+IMAGES = [{"id": 1, "file_name": "0.png"}]
+BROKEN = {
+    "COCO's boxes": (
+        {"images": IMAGES, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]},
+        "an object without caption; it has only image_id, bbox. COCO's captions are in captions_",
+    ),
+    "COCO's images": (
+        {"images": [{"id": 1, "name": "0.png"}], "annotations": [{"image_id": 1, "caption": "A dog."}]},
+        "an object without file_name; it has only id, name.",
+    ),
+    "COCO without captions": ({"images": IMAGES, "annotations": []}, "has no captions of its images"),
+    "Karpathy without splits": (
+        {"images": [{"filename": "0.png", "sentences": [{"raw": "A dog."}]}]},
+        "an object without split; it has only filename, sentences.",
+    ),
+    "Karpathy with texts": (
+        {"images": [{"filename": "0.png", "split": "train", "sentences": ["A dog."]}]},
+        "an object without raw; it is 'A dog.'.",
+    ),
+    "own questions": (
+        {"questions": [{"id": 1, "image": "0.png", "question": "What?", "answer": "A dog."}]},
+        "an object without question_id, image_id; it has only id, image, question, answer. A table of your own",
+    ),
+    "no list": ([], "has no rows"),
+    "no object": ({}, "has no rows"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=list(BROKEN))
+def test_what_a_json_file_lacks_is_said(photos, content, message):
+    file = photos / "rows.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:? {re.escape(message)}"):
+        rows_of(str(photos), suffix_column="captions")
+
+
+def test_questions_are_no_answers(photos):
+    questions = {"questions": [{"question_id": 420, "image_id": 0, "question": "What is it?"}]}
+    (photos / "questions.json").write_text(json.dumps(questions))
+    for answers, message in (
+        (questions, "an object without annotations; it has only questions. `--annotations` names the file of answers"),
+        (
+            {"annotations": [{"question_id": 420, "answers": [{"text": "dog"}]}]},
+            "an object without answer; it has only",
+        ),
+        ("broken", "an object without annotations; it is 'broken'"),
+    ):
+        (photos / "answers.json").write_text(json.dumps(answers))
+        settings = {"annotations": str(photos / "answers.json"), "text_column": "question", "suffix_column": "answer"}
+        with pytest.raises(ValueError, match=f"answers.json: {message}"):
+            rows_of(str(photos / "questions.json"), **settings)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b"", "has no rows"),
+        ("rows.json", b"\n\n", "has no rows"),
+        ("rows.txt", b"", "has no rows"),
+        ("rows.jsonl", b'{"caption": ', "cannot be read: "),
+        ("rows.json", b'{"caption": "\xff', "cannot be read: "),
+        ("rows.parquet", b"no parquet", "cannot be read: .*[Pp]arquet"),
+        ("rows.tar", b"no tar", "cannot be read: "),
+    ],
+)
+def test_data_that_cannot_be_read_is_named(photos, name, content, message, streaming):
+    (photos / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        load(Source(str(photos / name), suffix_column="caption", streaming=streaming), "train")
