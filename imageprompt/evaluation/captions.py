@@ -1,8 +1,7 @@
 """Caption scores, equal to coco-caption's and without Java.
 
 The scorers are pycocoevalcap's (the code behind the published COCO figures). Only its tokenizer, a Java program, is
-replaced: by nltk's Penn Treebank tokenizer, with the same punctuation removed afterwards. METEOR and SPICE are Java
-programs themselves, and are apart.
+replaced: by `penn_treebank.py`. METEOR and SPICE are Java programs themselves, and are apart.
 """
 
 import shutil
@@ -11,35 +10,14 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from nltk.tokenize import TreebankWordTokenizer
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.spice.spice import Spice
 
+from .penn_treebank import tokenize_caption
 from .references import check_references
-
-# What coco-caption's ptbtokenizer.py drops, and nltk's spelling of quotes and brackets.
-_PUNCTUATION = {"''", "'", "``", "`", '"', "(", ")", "[", "]", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
-
-# Words that keep their full stop in coco-caption's tokenizer, as far as captions use them ("bat." is a battalion).
-_ABBREVIATIONS = frozenset(
-    ("ave", "bat", "co", "corp", "dr", "etc", "ft", "inc", "jr", "ltd", "mr", "mrs", "ms", "mt", "rd", "sr", "st", "vs")
-)
-
-
-def tokenize_caption(caption: str) -> str:
-    """Lower-case Penn Treebank tokens without punctuation, joined by spaces."""
-    words: list[str] = []
-    # nltk splits a full stop only from the last word of a text, so it is taken off and, for abbreviations, put back.
-    for token in TreebankWordTokenizer().tokenize(caption.lower()):
-        if token == "." and words and words[-1] in _ABBREVIATIONS:
-            words[-1] += "."
-        elif token not in _PUNCTUATION:
-            word = token.rstrip(".")
-            words.append(token if word in _ABBREVIATIONS or "." in word else word)
-    return " ".join(filter(None, words))
 
 
 def caption_scores(candidates: Mapping[object, str], references: Mapping[object, Sequence[str]]) -> dict[str, float]:

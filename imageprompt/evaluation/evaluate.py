@@ -25,8 +25,9 @@ from ..modeling import ImagePromptForConditionalGeneration
 from ..options import spell_out_recipe
 from ..processing import ImagePromptProcessor
 from ..provenance import model_digests, model_folder, provenance
-from .captions import caption_scores, java_caption_scores, tokenize_caption
+from .captions import caption_scores, java_caption_scores
 from .learnt import find_learnt_rows
+from .penn_treebank import tokenize_caption
 from .pictures import save_confusion, save_grid
 from .predictions import Predictions
 from .tasks import ByLikelihood, Generated, Record, Settings, answer_rows, answered, images_of, make_task
