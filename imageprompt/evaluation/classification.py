@@ -1,6 +1,6 @@
 """Scores of classes that a model names: accuracy, macro recall, macro F1, and the confusion matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
@@ -8,6 +8,26 @@ from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_f
 from .vqa import plain
 
 OTHER = "(another text)"
+
+
+def number_labels(labels: Sequence[str], truth: Iterable[str]) -> dict[str, int]:
+    """The number of each label, by its text without case and white space.
+
+    Raises:
+        ValueError: if two labels are equal then, or a truth is no label.
+    """
+    numbers: dict[str, int] = {}
+    for number, label in enumerate(labels):
+        if plain(label) in numbers:
+            raise ValueError(
+                f"Two labels are equal but for case and white space: {labels[numbers[plain(label)]]!r} and {label!r}. "
+                "Write them in one way."
+            )
+        numbers[plain(label)] = number
+    for label in truth:
+        if plain(label) not in numbers:
+            raise ValueError(f"The truth {label!r} is none of the labels {', '.join(labels):.200}.")
+    return numbers
 
 
 def classification_scores(truth: Sequence[str], answers: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
@@ -31,12 +51,7 @@ def classification_scores(truth: Sequence[str], answers: Sequence[str], labels: 
     """
     if not truth or len(truth) != len(answers):
         raise ValueError(f"Scores need one answer for each row; got {len(truth)} rows and {len(answers)} answers.")
-    numbers = {plain(label): number for number, label in enumerate(labels)}
-    if len(numbers) < len(labels):
-        raise ValueError(f"Two labels are equal but for case and white space: {sorted(labels)}.")
-    for label in truth:
-        if plain(label) not in numbers:
-            raise ValueError(f"The truth {label!r} is none of the labels {', '.join(labels)}.")
+    numbers = number_labels(labels, truth)
     true = [numbers[plain(label)] for label in truth]
     named = [numbers.get(plain(answer), len(labels)) for answer in answers]
     occurring = sorted(set(true))

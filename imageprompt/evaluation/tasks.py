@@ -21,7 +21,7 @@ from ..generating import generate_texts
 from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
 from .captions import caption_scores
-from .classification import classification_scores
+from .classification import classification_scores, number_labels
 from .likelihood import EncodedPrompts
 from .retrieval import retrieval_scores
 from .vqa import PEOPLE, exact_match, vqa_accuracy
@@ -220,6 +220,7 @@ class Labelled(Task):
                 )
         names = self.rows.class_names or sorted({texts.references[0] for texts in self.usable})
         self.labels = [name.strip() for name in names]
+        number_labels(self.labels, (texts.references[0] for texts in self.usable))
 
     def score(self, records):
         truth = [record["references"][0] for record in records]

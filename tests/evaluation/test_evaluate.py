@@ -216,6 +216,7 @@ def test_broken_rows_are_named(folder, tmp_path, evaluate):
         (["--picture", "x.png", "--image_column", "none"], "there are none"),
         (["--streaming"], "A stream can only be trained on"),
         (["--constants", "2", "--train_split", "training"], "no split 'training'"),
+        (["--task", "rank", "--suffix_column", "label", "--class_names", "Cat", "cat"], "'Cat' and 'cat'"),
     ],
 )
 def test_mistakes_stop_before_the_weights_are_loaded(evaluate, tmp_path, monkeypatch, more, message):

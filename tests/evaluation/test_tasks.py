@@ -255,6 +255,8 @@ def test_broken_rows_of_the_run_before_count(parts):
         ("rank", {"suffix": ["a"]}, {"normalize": "images"}, "'rank', `normalize` is one of none, tokens, text"),
         ("rank", {"suffix": CAPTIONS}, {}, "Row 0 of animals has 2 references; the task 'rank' takes one label"),
         ("classify", {"suffix": [["a"], ["a", "b"]]}, {}, "Row 1 of animals has 2 references"),
+        ("classify", {"suffix": ["Cat", "dog", "cat"]}, {}, "Two labels are equal but .*: 'Cat' and 'cat'"),
+        ("rank", {"suffix": ["Cat", "dog", "cat"]}, {}, "Two labels are equal but .*: 'Cat' and 'cat'"),
         ("vqa", {"suffix": [["a"] * 10, ["a"]]}, {}, "Row 0 of animals has 10 answers, Row 1 of animals has 1: VQA"),
         ("vqa", {"suffix": ["dog", "Assistant!?"]}, {"max_new_tokens": 2}, r"Row 1 .* than . tokens \('Assistant!\?'"),
         ("caption", {"suffix": ["a"]}, {"max_new_tokens": 253}, "Row 0 of animals has 4 tokens .*lower `max_new"),
@@ -265,6 +267,14 @@ def test_broken_rows_of_the_run_before_count(parts):
 def test_what_does_not_fit_is_refused_before_the_model_is_asked(parts, name, columns, settings, message):
     with pytest.raises(ValueError, match=message):
         make_task(name, make_rows(columns), parts[1], Settings(**settings))
+
+
+@pytest.mark.parametrize("name", ["classify", "rank"])
+def test_a_truth_that_is_no_class_is_refused_before_the_model_is_asked(parts, name, monkeypatch):
+    monkeypatch.setattr(Rows, "texts", lambda self, index: ("", ["dog"]))
+    rows = make_rows({"suffix": ["cat"]}, class_names=["cat", "bird"])
+    with pytest.raises(ValueError, match="'dog' is none of the labels cat, bird"):
+        make_task(name, rows, parts[1], Settings())
 
 
 def test_text_alone_needs_a_prompt_and_is_not_retrieved_by(parts):
