@@ -6,7 +6,7 @@ replaced: by `penn_treebank.py`. METEOR and SPICE are Java programs themselves, 
 
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def caption_scores(candidates: Mapping[object, str], references: Mapping[object,
         `BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr`, as fractions (published tables often multiply by 100).
 
     Raises:
-        ValueError: if the ids differ, or an image has no reference.
+        ValueError: if the ids differ, an image has no reference, a caption is no text, or no reference has a word.
     """
     tokenized_references, tokenized_candidates = _tokenized(candidates, references)
     bleu, _ = Bleu(4).compute_score(tokenized_references, tokenized_candidates, verbose=0)
@@ -40,6 +40,13 @@ def caption_scores(candidates: Mapping[object, str], references: Mapping[object,
     cider, _ = Cider().compute_score(tokenized_references, tokenized_candidates)
     scores = {f"BLEU-{n}": score for n, score in enumerate(bleu, start=1)} | {"ROUGE-L": rouge, "CIDEr": cider}
     return {name: float(score) for name, score in scores.items()}
+
+
+def refuse_wordless(references: Collection[Sequence[str]]) -> None:
+    """Raise a ValueError if no reference of any image has a word: CIDEr has nothing to weigh then."""
+    if not any(tokenize_caption(text) for texts in references for text in texts):
+        first = next(iter(references))[0]
+        raise ValueError(f"No reference has a word; the first is {first!r}. Are they captions?")
 
 
 def java_caption_scores(
@@ -89,6 +96,7 @@ def _tokenized(
 ) -> tuple[dict[object, list[str]], dict[object, list[str]]]:
     """References and candidates as the scorers take them."""
     check_references(candidates, references, row="image", text="caption")
+    refuse_wordless(references.values())
     return (
         {image: [tokenize_caption(text) for text in references[image]] for image in references},
         {image: [tokenize_caption(candidates[image])] for image in references},

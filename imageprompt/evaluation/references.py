@@ -15,13 +15,16 @@ def check_references(
         text: what a reference is called there.
 
     Raises:
-        ValueError: if the ids differ, there are none, or one has no reference.
+        ValueError: if the ids differ, there are none, one has no reference, or what should be a text is none.
     """
     if set(candidates) != set(references):
         different = sorted(map(str, set(candidates) ^ set(references)))
         raise ValueError(f"Candidates and references are of different {row}s: {len(different)} ids, {different[:3]}…")
     if not candidates:
         raise ValueError("There is nothing to score: no candidates.")
+    for name, candidate in candidates.items():
+        if not isinstance(candidate, str):
+            raise ValueError(f"A candidate is a text, empty if there is none; {row} {name!r} has {candidate!r}.")
     for name, texts in references.items():
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"References are lists of at least one {text}; {row} {name!r} has {texts!r}.")
+        if isinstance(texts, str) or not texts or not all(isinstance(each, str) for each in texts):
+            raise ValueError(f"References are lists of at least one {text}; {row} {name!r} has {texts!r:.200}.")

@@ -20,7 +20,7 @@ from ..decoding import evaluating
 from ..generating import generate_texts
 from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
-from .captions import caption_scores
+from .captions import caption_scores, refuse_wordless
 from .classification import classification_scores, number_labels
 from .likelihood import EncodedPrompts
 from .retrieval import retrieval_scores
@@ -159,6 +159,10 @@ class Caption(Generated):
     """A caption beside those that people wrote."""
 
     name = "caption"
+
+    def __init__(self, rows: Rows, settings: Settings):
+        super().__init__(rows, settings)
+        refuse_wordless([texts.references for texts in self.usable])
 
     def score(self, records):
         answers = [record["answer"] for record in records]

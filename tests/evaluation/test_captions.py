@@ -68,6 +68,16 @@ def test_bad_input_is_named():
         caption_scores({"a": "x"}, {"a": []})
     with pytest.raises(ValueError, match="no candidates"):
         caption_scores({}, {})
+    with pytest.raises(ValueError, match="image 1 has None"):
+        caption_scores({1: None}, {1: ["a dog"]})
+    with pytest.raises(ValueError, match=r"No reference has a word; the first is '\.\.\.'"):
+        caption_scores({1: "a dog", 2: "a cat"}, {1: ["..."], 2: ["!", "."]})
+
+
+def test_captions_without_words_score_nothing():
+    assert set(caption_scores({1: ""}, {1: ["a dog"]}).values()) == {0}
+    scores = caption_scores({1: "two cats sit here", 2: "a dog"}, {1: ["two cats sit here"], 2: ["..."]})
+    assert scores["CIDEr"] == pytest.approx(5) and scores["ROUGE-L"] == pytest.approx(0.5)
 
 
 @pytest.mark.slow  # half a minute: METEOR reads its tables twice

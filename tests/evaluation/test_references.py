@@ -16,6 +16,8 @@ def test_candidates_with_references_pass():
         ({}, {}, "nothing to score"),
         ({1: "a"}, {1: []}, r"at least one caption; photo 1 has \[\]"),
         ({1: "a"}, {1: "a"}, "at least one caption; photo 1 has 'a'"),
+        ({1: "a"}, {1: ["a", None]}, r"at least one caption; photo 1 has \['a', None\]"),
+        ({1: None}, {1: ["a"]}, "A candidate is a text, empty if there is none; photo 1 has None"),
     ],
 )
 def test_what_cannot_be_compared_is_named(candidates, references, message):

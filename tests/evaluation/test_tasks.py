@@ -252,6 +252,7 @@ def test_broken_rows_of_the_run_before_count(parts):
         ("caption", {"suffix": [[], []]}, {}, "2 broken rows of 2.*no text in 'suffix'"),
         ("caption", {"suffix": ["a"]}, {"max_new_tokens": 0}, "at least 1, got 0 and 1"),
         ("caption", {"suffix": ["a"]}, {"normalize": "text"}, "'caption', `normalize` is one of none, not 'text'"),
+        ("caption", {"suffix": ["...", "-"]}, {}, r"No reference has a word; the first is '\.\.\.'"),
         ("rank", {"suffix": ["a"]}, {"normalize": "images"}, "'rank', `normalize` is one of none, tokens, text"),
         ("rank", {"suffix": CAPTIONS}, {}, "Row 0 of animals has 2 references; the task 'rank' takes one label"),
         ("classify", {"suffix": [["a"], ["a", "b"]]}, {}, "Row 1 of animals has 2 references"),
