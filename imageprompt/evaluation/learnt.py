@@ -1,51 +1,84 @@
 """Whether rows that are to be scored were learnt: by what `imageprompt train` has written beside the model."""
 
+import hashlib
 import json
-import re
+import os
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import ReadInstruction
+from datasets import Dataset, Image
 
 from ..data.sources import Source, load
+
+_IMAGE = Image(decode=False)  # as `load` leaves images
 
 
 def find_learnt_rows(folder: Path, source: Source, split: str) -> str | None:
     """What the model was trained on, if rows of the split are among it.
 
-    Rows are the same if they come from the same data set, and from parts of one of its splits that overlap, or that
-    were cut after another shuffling. Copies of rows in other files are not found.
+    Rows are the same if they come from the same data set and show the same image; or, where one side has no images, if
+    all else that both have is equal. Copies of rows in other files are not found.
 
     Args:
         folder: of the model, with the `training.json` of its training.
         source: the data to be scored.
         split: its split.
     """
-    record = folder / "training.json"
-    trainings = json.loads(record.read_text()).get("data", []) if record.is_file() else []
-    for training in trainings:
-        same = (_place(training["dataset"]), training["subset"]) == (_place(source.dataset), source.subset)
-        with suppress(ValueError):  # from a split that is there no more
-            if same and _overlap(source, split, training):
+    for training in learnt_data(folder):
+        known = {each.name: training[each.name] for each in fields(Source) if each.name in training}
+        known |= {"streaming": False, "join_rows": False}  # which rows they are is the same
+        with suppress(ValueError):  # from a split or a column that is there no more
+            asked = replace(source, join_rows=False)
+            if _share_rows(asked, split, replace(source, **known), training["train_split"]):
                 return f"{training['train_split']} of {training['dataset']} (shuffle_rows {training['shuffle_rows']})"
     return None
 
 
-def _place(dataset: str | None) -> str:
-    path = Path(dataset or "").expanduser()
-    return str(path.resolve() if path.exists() else dataset)
+def learnt_data(folder: Path) -> list[dict[str, Any]]:
+    """The data sets that the model in a folder has learnt, and those of the models that it started from."""
+    file = folder / "training.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    return [*record.get("data", []), *record.get("base_data", [])]
 
 
-def _overlap(source: Source, split: str, training: dict[str, Any]) -> bool:
-    names = set(re.split(r"\[[^]]*\]|\+", split + "+" + training["train_split"])) - {""}
-    # Sizes need no order of rows: a split is as large however it is shuffled.
-    sizes = {name: len(load(replace(source, shuffle_rows=None), name)) for name in names}
-    asked, learnt = (ReadInstruction.from_spec(spec).to_absolute(sizes) for spec in (split, training["train_split"]))
-    return any(
-        mine.splitname == other.splitname
-        and (source.shuffle_rows != training["shuffle_rows"] or max(mine.from_, other.from_) < min(mine.to, other.to))
-        for mine in asked
-        for other in learnt
-    )
+def _share_rows(asked: Source, split: str, learnt: Source, train_split: str) -> bool:
+    places = [_place(source) for source in (asked, learnt)]
+    if places[0] == places[1] and asked.subset == learnt.subset:
+        names, learnt_names = ({part.split("[")[0] for part in spec.split("+")} for spec in (split, train_split))
+        if names.isdisjoint(learnt_names):
+            return False
+        if names & set(train_split.split("+")):  # which was learnt whole
+            return True
+    elif places[0] not in places[1].parents and places[1] not in places[0].parents:
+        return False  # else a folder is named by one, and the table in it by the other
+    rows, learnt_rows = load(asked, split), load(learnt, train_split)
+    if asked.has_images and learnt.has_images:
+        known = set(_images(learnt_rows, learnt))
+        return any(image in known for image in _images(rows, asked))
+    columns = [name for name, kind in rows.features.items() if name in learnt_rows.features and kind != _IMAGE]
+    return not set(_lines(rows, columns)).isdisjoint(_lines(learnt_rows, columns))
+
+
+def _place(source: Source) -> Path:
+    path = Path(source.dataset or "").expanduser()
+    return path.resolve() if path.exists() else path
+
+
+def _images(rows: Dataset, source: Source) -> Iterator[str]:
+    """What each image is known by: where its file is, or the SHA-256 of one that the data set holds."""
+    column = source.image_column
+    for batch in rows.select_columns([column]).iter(batch_size=100):
+        for value in batch[column]:
+            for image in value if isinstance(value, list) else [value]:
+                if isinstance(image, dict):
+                    image = image["path"] if image["bytes"] is None else image["bytes"]
+                if image:
+                    is_file = isinstance(image, str)
+                    yield os.path.abspath(source.image_root / image) if is_file else hashlib.sha256(image).hexdigest()
+
+
+def _lines(rows: Dataset, columns: list[str]) -> Iterator[str]:
+    return (json.dumps(row, default=str) for row in rows.select_columns(columns))

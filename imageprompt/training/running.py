@@ -11,6 +11,7 @@ from ..compression import KeepZeros
 from ..data import ImagePromptCollator
 from ..data.arguments import data_facts
 from ..data.feature_cache import cache_features, check_cacheable, without_features
+from ..evaluation.learnt import learnt_data
 from ..modeling import ImagePromptForConditionalGeneration
 from ..options import json_object
 from ..processing import ImagePromptProcessor
@@ -82,8 +83,9 @@ def run_training(
 ) -> None:
     """Train, and write model, processor, metrics and curves to `options.training.output_dir`.
 
-    `training.json` says what it came from: data, options, metrics, broken rows, versions and machine, and which weights
-    it is of. With LoRA, the folder holds the merged model, and `adapter/` the adapter.
+    `training.json` says what it came from: data, also that of the model that it started from, options, metrics, broken
+    rows, versions and machine, and which weights it is of. With LoRA, the folder holds the merged model, and `adapter/`
+    the adapter.
     """
     trainable, cache = dict(model.config.trainable), options.learning.feature_cache
     args, folder = options.training, Path(options.training.output_dir)
@@ -119,6 +121,8 @@ def run_training(
     # A stream's rows are not counted in one place.
     record = {
         "data": data_facts(options.data),
+        "base_data": learnt_data(Path(options.model.model).expanduser()) if options.model.model else [],
+        "model_options": {name: value for name, value in vars(options.model).items() if value is not None},
         "rows": len(rows.train) if isinstance(rows.train, Sized) else None,
         "options": {name: getattr(args, name) for name in _TOLD},
         "learns": None if options.learning.lora is not None else dict(model.config.trainable),

@@ -34,5 +34,5 @@ def test_bad_input_is_named():
         classification_scores([], [], LABELS)
     with pytest.raises(ValueError, match="'bird' is none of the labels cat, dog"):
         classification_scores(["bird"], ["cat"], LABELS)
-    with pytest.raises(ValueError, match="Two labels are equal .*: 'cat' and 'Cat '"):
+    with pytest.raises(ValueError, match=r"Two labels are equal .*: 'cat' and 'Cat '"):
         classification_scores(["cat"], ["cat"], ["cat", "Cat "])
