@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,25 +23,36 @@ SMALL_TEXT = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 400}
 SMALL_VISION = {"timm/vit_small_patch16_224.augreg_in21k_ft_in1k": "test_vit4", "timm/resnet50.a1_in1k": "resnet10t"}
 
 
+# What each page scores: rows of the fifth of 20 photos that was not learnt, and what its last Python block finds.
+SCORED = {
+    "captioning": (4, {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"}, "caption"),
+    "classification": (4, {"accuracy", "macro_recall", "macro_f1"}, "best"),
+    "few-shot": (4, {"exact_match"}, "answer"),
+    "vqa": (8, {"exact_match"}, "answers"),  # two questions for each photo
+}
+
+
 def instead_of_pretrained(arguments: list[str]) -> list[str]:
     """The same command with small parts from random weights, for two steps."""
-    changed = []
-    for option, value in zip(arguments[::2], arguments[1::2], strict=True):
-        if option == "--text":
-            changed += ["--text_config", json.dumps(SMALL_TEXT), "--tokenizer", "tokenizer", "--pretrained", "false"]
-        else:
-            changed += [option, SMALL_VISION.get(value, value)]
-    return [*changed, "--image_size", "224", "--use_cpu", "--max_steps", "2"]
+    changed = [SMALL_VISION.get(word, word) for word in arguments]
+    text = changed.index("--text")
+    changed[text : text + 2] = ["--text_config", json.dumps(SMALL_TEXT), "--tokenizer", "tokenizer"]
+    return [*changed, "--pretrained", "false", "--image_size", "224", "--use_cpu", "--max_steps", "2"]
 
 
-@pytest.mark.parametrize("page", RECIPES)
-def test_a_recipe_goes_from_a_folder_to_a_scored_model(page, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_photos(tmp_path / "photos")
+def run_page(page: str, tokenizer, more: Sequence[str] = ()) -> tuple[dict[str, dict], list[Path], dict]:
+    """Run a page from top to bottom, in a folder with `photos`.
+
+    Args:
+        more: options for every training and evaluation.
+
+    Returns:
+        Its `training.json` by folder, the files of its scores, and the variables of its Python blocks.
+    """
     tokenizer.save_pretrained("tokenizer")
-    text = (DOCS / f"{page}.md").read_text().split("## Flickr8k")[0]  # which needs its own data
     namespace: dict = {}
-    outputs = []
+    trainings, outputs = {}, []
+    text = (DOCS / f"{page}.md").read_text()
     for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         if language == "python":
             exec(compile(block, page, "exec"), namespace)
@@ -49,21 +61,58 @@ def test_a_recipe_goes_from_a_folder_to_a_scored_model(page, tokenizer, tmp_path
             program, action, *arguments = shlex.split(command.replace("\\\n", " "))
             assert program == "imageprompt"
             if action == "train":
-                arguments = re.sub(r" --augment(?= )", "", " ".join(map(shlex.quote, arguments)))
-                train(instead_of_pretrained(shlex.split(arguments)))
+                train([*instead_of_pretrained(arguments), *more])
+                folder = arguments[arguments.index("--output_dir") + 1]
+                trainings[folder] = json.loads(Path(folder, "training.json").read_text())
             elif action in ("generate", "caption"):
                 assert CliRunner().invoke(app, [action, *arguments, "--max-new-tokens", "2"]).exit_code == 0
             else:
                 assert action == "evaluate"
-                evaluate(arguments)
+                evaluate([*arguments, *more])
                 outputs.append(Path(arguments[arguments.index("--output") + 1]))
-    assert outputs
+    return trainings, outputs, namespace
+
+
+def predictions(output: Path) -> list[dict]:
+    lines = output.with_suffix(".predictions.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
+@pytest.mark.parametrize("page", RECIPES)
+def test_a_recipe_goes_from_a_folder_to_a_scored_model(page, tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path / "photos")
+    trainings, outputs, namespace = run_page(page, tokenizer)
+    scored, names, found = SCORED[page]
+    ((folder, training),) = trainings.items()
+    assert training["rows"] == 4 * scored and training["metrics"]["train_loss"] > 0
+    assert training["data"][0]["augment"] == (page == "classification")
+    assert outputs and "was trained on" not in caplog.text
     for output in outputs:
-        result = json.loads(output.read_text())
-        assert result["scores"] and all(value >= 0 for value in result["scores"].values() if isinstance(value, float))
-    assert {"captioning": "caption", "vqa": "answers", "classification": "best", "few-shot": "answer"}[
-        page
-    ] in namespace
+        result, records = json.loads(output.read_text()), predictions(output)
+        assert result["settings"]["model"] == folder and result["scores"].keys() == names
+        assert result["rows"] == len(records) == scored and result["broken_rows"] == []
+        right = [record["answer"].strip().lower() in map(str.lower, record["references"]) for record in records]
+        for name in names & {"accuracy", "exact_match"}:
+            assert result["scores"][name] == sum(right) / scored
+    texts = namespace[found] if page == "vqa" else [namespace[found]]
+    assert [type(text) for text in texts] == [str] * (2 if page == "vqa" else 1)
+    assert page != "classification" or namespace[found] in namespace["names"]
+    if page == "captioning":
+        lines = [json.loads(line) for line in Path("runs/captions.jsonl").read_text().splitlines()]
+        assert [line["image"] for line in lines] == [f"photos/{number:02}.png" for number in range(20)]
+        assert all(type(line["caption"]) is str for line in lines)
+
+
+def test_the_captioning_recipe_joins_rows_of_the_same_photo(tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    table = make_photos(tmp_path / "photos") / "captions.csv"
+    heading, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([heading, *rows, *(row.replace("A ", "One ") for row in rows)]) + "\n")
+    trainings, (output,), _ = run_page("captioning", tokenizer, ["--join_rows", "true"])
+    assert [training["rows"] for training in trainings.values()] == [16] and "was trained on" not in caplog.text
+    captions = [record["references"] for record in predictions(output)]
+    assert len(captions) == 4 and all(other == first.replace("A ", "One ") for first, other in captions)
 
 
 # --- no page scores rows that its model has learnt
