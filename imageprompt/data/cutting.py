@@ -65,7 +65,7 @@ def units(dataset: Dataset, source: "Source") -> tuple[Dataset, list[list[int]] 
         The data set, with rows joined if that is asked for, and its rows that stay together as they share images, in
         the order of the first of them; None if no two do.
     """
-    images = _images_of_rows(dataset, source)
+    images = images_of_rows(dataset, source)
     if not source.join_rows:
         together = _together(images)
         if together is not None and source.text_column is None:
@@ -88,7 +88,7 @@ def _is_named(dataset: Dataset, source: "Source") -> bool:
     return (feature.feature if isinstance(feature, List) else feature) in _NAMES
 
 
-def _images_of_rows(dataset: Dataset, source: "Source") -> list[tuple[str, ...]]:
+def images_of_rows(dataset: Dataset, source: "Source") -> list[tuple[str, ...]]:
     """What each image of each row is known by: its file's name, or the SHA-256 of one that the data set holds."""
     if not source.has_images:
         return [()] * len(dataset)

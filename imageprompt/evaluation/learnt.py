@@ -1,6 +1,5 @@
 """Whether rows that are to be scored were learnt: by what `imageprompt train` has written beside the model."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset, Image
 
+from ..data.cutting import images_of_rows
 from ..data.sources import Source, load
 
 _IMAGE = Image(decode=False)  # as `load` leaves images
@@ -56,8 +56,7 @@ def _share_rows(asked: Source, split: str, learnt: Source, train_split: str) -> 
         return False  # else a folder is named by one, and the table in it by the other
     rows, learnt_rows = load(asked, split), load(learnt, train_split)
     if asked.has_images and learnt.has_images:
-        known = set(_images(learnt_rows, learnt))
-        return any(image in known for image in _images(rows, asked))
+        return not _images(rows, asked).isdisjoint(_images(learnt_rows, learnt))
     columns = [name for name, kind in rows.features.items() if name in learnt_rows.features and kind != _IMAGE]
     return not set(_lines(rows, columns)).isdisjoint(_lines(learnt_rows, columns))
 
@@ -67,17 +66,10 @@ def _place(source: Source) -> Path:
     return path.resolve() if path.exists() else path
 
 
-def _images(rows: Dataset, source: Source) -> Iterator[str]:
-    """What each image is known by: where its file is, or the SHA-256 of one that the data set holds."""
-    column = source.image_column
-    for batch in rows.select_columns([column]).iter(batch_size=100):
-        for value in batch[column]:
-            for image in value if isinstance(value, list) else [value]:
-                if isinstance(image, dict):
-                    image = image["path"] if image["bytes"] is None else image["bytes"]
-                if image:
-                    is_file = isinstance(image, str)
-                    yield os.path.abspath(source.image_root / image) if is_file else hashlib.sha256(image).hexdigest()
+def _images(rows: Dataset, source: Source) -> set[str]:
+    """What each image is known by, wherever the data set is named from."""
+    root = source.image_root.resolve()
+    return {os.path.normpath(root / image) for own in images_of_rows(rows, source) for image in own}
 
 
 def _lines(rows: Dataset, columns: list[str]) -> Iterator[str]:
