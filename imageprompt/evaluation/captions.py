@@ -97,7 +97,12 @@ def _tokenized(
     """References and candidates as the scorers take them."""
     check_references(candidates, references, row="image", text="caption")
     refuse_wordless(references.values())
+    words = {text: tokenize_caption(text) for texts in (candidates.values(), *references.values()) for text in texts}
+    # Texts may be such words already, as in coco-caption's demo. Then a stop that is left at an end is of its word.
+    changed = [text for text in words if words[text] != text]
+    if len(changed) < len(words) / 100 and all(words[text] == text.removesuffix(".") for text in changed):
+        words = {text: text for text in words}
     return (
-        {image: [tokenize_caption(text) for text in references[image]] for image in references},
-        {image: [tokenize_caption(candidates[image])] for image in references},
+        {image: [words[text] for text in references[image]] for image in references},
+        {image: [words[candidates[image]]] for image in references},
     )

@@ -17,17 +17,9 @@ PUBLISHED = {
 
 
 def coco_demo(folder):
-    """(candidates, references, published scores) of coco-caption's demo.
-
-    Its texts are words that Java's tokenizer has cut. To be cut into the same words once more, a last word that kept a
-    full stop ("getting ready to bat.") needs what was behind it: a comma.
-    """
+    """(candidates, references, published scores) of coco-caption's demo."""
     references, results = (
-        {
-            image: [f"{text}," if text.endswith(".") else text for text in texts]
-            for image, texts in json.loads((folder / "coco_fakecap_tokenized" / file).read_text()).items()
-        }
-        for file in ("gts.json", "res.json")
+        json.loads((folder / "coco_fakecap_tokenized" / file).read_text()) for file in ("gts.json", "res.json")
     )
     expected = json.loads((folder / "EXPECTED.json").read_text())["coco_fakecap_tokenized"]
     return {image: texts[0] for image, texts in results.items()}, references, expected
@@ -72,6 +64,15 @@ def test_bad_input_is_named():
         caption_scores({1: None}, {1: ["a dog"]})
     with pytest.raises(ValueError, match=r"No reference has a word; the first is '\.\.\.'"):
         caption_scores({1: "a dog", 2: "a cat"}, {1: ["..."], 2: ["!", "."]})
+
+
+def test_words_that_were_cut_already_are_not_cut_again():
+    """A last word keeps its full stop among many texts without any, and loses it where texts are as people write."""
+    cut = {number: [f"player {number} is ready to bat"] for number in range(200)}
+    for last, equal in (("ready to bat.", False), ("Ready to bat.", True)):
+        references = cut | {0: [last]}
+        candidates = {number: texts[0] for number, texts in cut.items()} | {0: "ready to bat"}
+        assert (caption_scores(candidates, references)["BLEU-1"] == pytest.approx(1)) == equal
 
 
 def test_captions_without_words_score_nothing():
