@@ -41,8 +41,10 @@ class ImagePromptCollator:
     pack_length: int | None = None
 
     def __post_init__(self):
+        if self.max_length is None:
+            return
         positions = self.processor.tokenizer.model_max_length
-        if self.max_length is not None and self.max_length > positions:
+        if self.max_length > positions:
             raise ValueError(f"`max_length` {self.max_length} is more than the language model's {positions} positions.")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchFeature:

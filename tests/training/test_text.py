@@ -44,8 +44,11 @@ def test_lists_of_texts_are_rows_and_parts_of_splits_can_be_read(tmp_path):
     source.suffix_column = "text"
     with pytest.raises(ValueError, match="no column 'text'; it has captions, n"):
         read_documents(source, "train")
-    with pytest.raises(ValueError, match="has no text in its column"):
+    with pytest.raises(ValueError, match=r"text\.txt has no rows"):
         read_documents(text_file(tmp_path, "\n\n"), "train")
+    Dataset.from_dict({"captions": [["", None]]}).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(ValueError, match="has no text in its column 'captions'"):
+        read_documents(Source(str(tmp_path / "empty.parquet"), image_column="none", suffix_column="captions"), "train")
 
 
 @pytest.mark.parametrize("block_size", [2, 5, 16, 1000])
