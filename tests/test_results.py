@@ -35,6 +35,12 @@ def test_rows_of_answers_are_what_was_measured(task):
     assert training.get("model", scores["model"]) == scores["model"]  # of earlier ones it is not known
 
 
+def test_a_run_was_repeated():
+    first, again = read("mnist", "scores"), read("mnist", "again")
+    assert f"gave {again['scores']['accuracy']:.2%} for MNIST" in " ".join(PAGE.split())
+    assert first["data_sha256"] == again["data_sha256"] and first["model"] != again["model"]
+
+
 @pytest.mark.parametrize("task", [*ANSWERS, "flickr8k", "text"])
 def test_recipes_ask_in_the_test_as_in_training(task):
     train, evaluate = read(task, "train"), read(task, "evaluate")
