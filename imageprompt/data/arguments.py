@@ -1,6 +1,7 @@
 """Options of training that say which data, and the rows that they ask for."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -62,7 +63,10 @@ def check_data(args: DataArguments) -> None:
         ValueError: naming what is wrong.
     """
     for source, _ in read_sources(args).values():
-        (stream_rows if source.streaming else read_rows)(source, source.train_split)
+        if source.streaming:
+            stream_rows(source, source.train_split)
+        else:  # whole splits: to cut them, every image that is in the data set is read
+            read_rows(source, re.sub(r"\[[^]]*\]", "", source.train_split))
 
 
 def training_data(
