@@ -26,6 +26,7 @@ from transformers.models.auto import AutoModel
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from .activations import fuse_gelu
 from .checkpoints import check_loaded, reading
 from .configuration import IGNORE_INDEX, PARTS, TOKEN_TYPES, ImagePromptConfig
 from .connectors import build_connector
@@ -216,6 +217,7 @@ class ImagePromptModel(ImagePromptPreTrainedModel):
         self.vision_tower = VisionTower._from_config(config.vision_config)
         self.connector = build_connector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        fuse_gelu(self.language_model)
         if config.conv1d_as_linear:
             replace_conv1d(self.language_model)
         if config.fusion == "cross_attention":

@@ -29,7 +29,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from contestants import CONTESTANTS, DTYPES, LARGE, QUICK, REFERENCE, Sizes
+from contestants import CONTESTANTS, DTYPES, LARGE, QUICK, REFERENCE, Sizes, dtypes_of_this_machine
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -49,6 +49,7 @@ WORKS: dict[str, list[tuple[str, str]]] = {
         ("OursPooled", "train_frozen"),
         ("EncoderDecoder", "train_frozen"),
         ("OursPooled", "train_frozen_from_features"),
+        ("EncoderDecoder", "train"),
     ],
     "train, the connector alone": [
         ("OursPooled", "train_connector"),
@@ -115,6 +116,7 @@ GOALS = [
         (("Ours", "questions_one_by_one"),),
         _both(5),
     ),
+    Goal("train, a frozen tower", ("OursPooled", "train_frozen"), (("EncoderDecoder", "train"),), _both(1.5), memory=1),
     Goal(
         "train, a frozen tower",
         ("OursPooled", "train_frozen_from_features"),
@@ -154,8 +156,8 @@ def _serve(pipe: Any, job: Job, dtype: str, device: str, threads: int) -> None:
     work = getattr(CONTESTANTS[job.contestant](job.sizes, dtype, device), job.method)()
     with FlopCounterMode(display=False) as counter:
         work()  # not timed: allocations and kernels' first calls
-    pipe.send(counter.get_total_flops())
-    work()  # without the counter
+    work()  # without the counter, under which nothing is compiled
+    pipe.send(counter.get_total_flops())  # only now may others be timed
     while pipe.recv():
         started = time.perf_counter()
         work()
@@ -185,9 +187,12 @@ def _operations(work: Any, device: str) -> dict[str, float]:
     return {name: round(times[name] / total, 4) for name in most}
 
 
-def compare(title: str, jobs: list[Job], dtype: str, repeats: int) -> list[dict[str, Any]]:
+def compare(title: str, jobs: list[Job], dtype: str, repeats: int, at_least: float) -> list[dict[str, Any]]:
     """All contestants, in turns: (median, lowest and highest) seconds, peak bytes of the process, the floating-point
-    operations of its matrix products, convolutions and attention, and what else the time went to."""
+    operations of its matrix products, convolutions and attention, and what else the time went to.
+
+    Short works are repeated for `at_least` so many seconds.
+    """
     context = multiprocessing.get_context("spawn")
     device, threads = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
     contests = []
@@ -200,11 +205,13 @@ def compare(title: str, jobs: list[Job], dtype: str, repeats: int) -> list[dict[
         contests.append((job, flops, ours, process))
     seconds: list[list[float]] = [[] for _ in contests]
     peaks = [0] * len(contests)
-    for _ in tqdm(range(repeats), desc=f"{title}, {dtype}"):
+    turns, begun = tqdm(desc=f"{title}, {dtype}"), time.perf_counter()
+    while len(seconds[0]) < repeats or time.perf_counter() - begun < at_least:
         for number, (*_, pipe, _process) in enumerate(contests):
             pipe.send(True)
             taken, peaks[number] = pipe.recv()
             seconds[number].append(taken)
+        turns.update()
     operations = []
     for *_, pipe, process in contests:
         pipe.send(False)
@@ -216,6 +223,7 @@ def compare(title: str, jobs: list[Job], dtype: str, repeats: int) -> list[dict[
             "contestant": job.contestant,
             "method": job.method,
             "dtype": dtype,
+            "repeats": len(taken),
             "seconds": {"median": statistics.median(taken), "lowest": min(taken), "highest": max(taken)},
             "times_the_first": statistics.median(taken) / first,
             "peak_bytes": peak,
@@ -303,11 +311,12 @@ def choose(names: Iterable[str], parts: str) -> list[str]:
     return [name for name in names if not parts or any(part and part in name for part in parts.split(","))]
 
 
-def circumstances(sizes: Sizes, repeats: int) -> dict[str, Any]:
+def circumstances(sizes: Sizes) -> dict[str, Any]:
     """What a result holds besides what was measured."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
     threads = torch.get_num_threads()
-    return {"sizes": asdict(sizes), "repeats": repeats, "device": device, "threads": threads} | provenance()
+    return {"sizes": asdict(sizes), "device": device, "threads": threads} | provenance()
 
 
 def write(result: dict[str, Any], output: Path | None) -> None:
@@ -320,19 +329,22 @@ def write(result: dict[str, Any], output: Path | None) -> None:
 def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the results; a picture is beside it.")] = None,
     works: Annotated[str, typer.Option(help="Which, with commas between: parts of their names.")] = "",
-    dtypes: Annotated[str, typer.Option(help="Which, with commas between.")] = "fp32,bf16",
-    repeats: Annotated[int, typer.Option(help="Of each work and contestant.")] = 7,
+    dtypes: Annotated[
+        str, typer.Option(help="Which, with commas between: fp32, bf16; those of the machine by default.")
+    ] = "",
+    repeats: Annotated[int, typer.Option(help="Of each work and contestant, at least.")] = 5,
+    at_least: Annotated[float, typer.Option(help="Seconds for which short works are repeated.")] = 15,
     large: Annotated[bool, typer.Option("--large", help="ViT-L/16 and GPT-2 medium, for a GPU.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models: to see that all runs, not how fast.")] = False,
     peak_tflops: Annotated[float | None, typer.Option(help="Of the device, to say how much of it is used.")] = None,
 ) -> None:
     """Time all, write the results after each work, and print them."""
     sizes = QUICK if quick else LARGE if large else REFERENCE
-    result: dict[str, Any] = circumstances(sizes, repeats) | {"runs": []}
+    result: dict[str, Any] = circumstances(sizes) | {"runs": []}
     for work in choose(WORKS, works):
-        for dtype in dtypes.split(","):
+        for dtype in dtypes.split(",") if dtypes else dtypes_of_this_machine():
             jobs = [Job(name, method, sizes) for name, method in WORKS[work]]
-            runs = [{"work": work} | entry for entry in compare(work, jobs, dtype, repeats)]
+            runs = [{"work": work} | entry for entry in compare(work, jobs, dtype, repeats, 0 if quick else at_least)]
             for entry in runs if peak_tflops is not None else []:
                 entry["model_flops_utilization"] = entry["flops"] / entry["seconds"]["median"] / 1e12 / peak_tflops
             result["runs"] += runs

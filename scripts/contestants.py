@@ -36,9 +36,15 @@ from imageprompt import ImagePromptCollator, ImagePromptConfig, ImagePromptForCo
 from imageprompt.data.augmenting import augmentation
 from imageprompt.data.packing import pack
 from imageprompt.generating import stream_texts
+from imageprompt.training.steady import multiplies_bf16
 from imageprompt.training.tokenizing import train_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def dtypes_of_this_machine() -> list[str]:
+    """In which it has instructions to multiply; without them a training step takes minutes."""
+    return list(DTYPES) if torch.cuda.is_available() or multiplies_bf16() else ["fp32"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from benchmark import Job, choose, circumstances, compare, write
-from contestants import QUICK, REFERENCE
+from contestants import QUICK, REFERENCE, dtypes_of_this_machine
 
 
 @dataclass(frozen=True)
@@ -102,19 +102,20 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
 def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the results; a picture is beside it.")] = None,
     curves: Annotated[str, typer.Option(help="Which, with commas between: parts of their names.")] = "",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
-    repeats: Annotated[int, typer.Option(help="Of each point.")] = 3,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16; bf16 by default, if the machine has it.")] = "",
+    repeats: Annotated[int, typer.Option(help="Of each point, at least.")] = 3,
+    at_least: Annotated[float, typer.Option(help="Seconds for which short works are repeated.")] = 15,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models: to see that all runs, not how fast.")] = False,
 ) -> None:
     """Measure all curves, write each when it is done, and print them."""
-    sizes = QUICK if quick else REFERENCE
-    result: dict[str, Any] = circumstances(sizes, repeats) | {"curves": []}
+    sizes, dtype = QUICK if quick else REFERENCE, dtype or dtypes_of_this_machine()[-1]
+    result: dict[str, Any] = circumstances(sizes) | {"dtype": dtype, "curves": []}
     for name in choose(CURVES, curves):
         curve = CURVES[name]
         values = (1, 4, 16) if quick else curve.values
         for contestant, method in curve.series:
             jobs = [Job(contestant, method, replace(sizes, **{curve.size: value})) for value in values]
-            points = compare(f"{name}: {contestant}, {method}", jobs, dtype, repeats)
+            points = compare(f"{name}: {contestant}, {method}", jobs, dtype, repeats, 0 if quick else at_least)
             result["curves"].append(
                 {
                     "name": name,

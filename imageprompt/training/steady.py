@@ -15,11 +15,14 @@ import torch.distributed as dist
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.training_args import ParallelMode
+from transformers.utils import logging
 
 from ..provenance import model_digests
 from .checkpoints import find_checkpoint, move_model, whole_or_nothing
 from .curves import read_curves, save_curves
 from .nonfinite import save_batch, say_what_is_not_finite
+
+logger = logging.get_logger(__name__)
 
 # Scores of which less is better, as of losses; of all others more is better.
 LOWER_IS_BETTER = {"nats_per_token", "perplexity"}
@@ -59,11 +62,21 @@ class SteadyTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             if self.fp16:
                 raise ValueError("--fp16 needs a GPU; on the CPU it would be ignored. Use --bf16, or leave it out.")
+            if self.bf16 and not multiplies_bf16():
+                logger.warning(
+                    "--bf16: this CPU has no instructions for bfloat16, and without them every step takes many times "
+                    "as long as in float32. Leave it out, or say `--bf16 false` behind a recipe that has it."
+                )
             self.dataloader_pin_memory = False
 
     def _require_evaluations(self, name: str) -> None:
         if self.eval_strategy == "no":
             raise ValueError(f"--{name} is about evaluations: say when with --eval_strategy, such as epoch.")
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16, as far as torch knows."""
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class SteadyTrainer(Trainer):
