@@ -40,6 +40,7 @@ from imageprompt.provenance import provenance
 WORKS: dict[str, list[tuple[str, str]]] = {
     "train, all image tokens": [("Ours", "train"), ("Llava", "train")],
     "train, logits where there are labels": [("Ours", "train"), ("Ours", "train_all_logits")],
+    "train, GELU as one operation": [("Ours", "train"), ("Ours", "train_gelu_in_eight")],
     "train, a quarter of the tokens": [
         ("OursPooled", "train"),
         ("EncoderDecoder", "train"),

@@ -31,6 +31,7 @@ from transformers import (
     VisionEncoderDecoderModel,
     ViTConfig,
 )
+from transformers.activations import NewGELUActivation
 
 from imageprompt import ImagePromptCollator, ImagePromptConfig, ImagePromptForConditionalGeneration, compose
 from imageprompt.data.augmenting import augmentation
@@ -251,6 +252,12 @@ class Ours(Contestant):
             return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
 
         return self._training(loss)
+
+    def train_gelu_in_eight(self) -> Callable[[], Any]:
+        """As `train`, with GPT-2's GELU in the library's eight operations."""
+        for block in self.model.model.language_model.h:
+            block.mlp.act = NewGELUActivation()
+        return self.train()
 
     def decode(self) -> Callable[[], Any]:
         """The step for one more token of each row."""

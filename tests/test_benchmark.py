@@ -109,9 +109,10 @@ def test_the_floor_does_the_matrix_products_of_a_decoding_step():
     assert counts[0] == counts[1] > 0
 
 
-def test_logits_of_all_positions_give_the_same_gradients():
+@pytest.mark.parametrize("other", ["train_all_logits", "train_gelu_in_eight"])
+def test_what_saves_memory_gives_the_same_gradients(other):
     gradients = []
-    for method in ("train", "train_all_logits"):
+    for method in ("train", other):
         model = contestant("Ours")
         kept = []
         step = getattr(model, method)()
