@@ -16,7 +16,7 @@ from imageprompt import ImagePromptCollator
 from imageprompt.data.rows import read_rows, stream_rows
 from imageprompt.data.sources import Source
 from imageprompt.evaluation import generated_metrics
-from imageprompt.training import ImagePromptTrainer, ImagePromptTrainingArguments
+from imageprompt.training import ImagePromptTrainer, ImagePromptTrainingArguments, steady
 from imageprompt.training.checkpoints import list_checkpoints
 from imageprompt.training.steady import EarlyStopping
 
@@ -248,6 +248,13 @@ def test_mistakes_stop_before_the_first_step(tokenizer, tmp_path, colours, setti
         trainer_of(tokenizer, tmp_path, colours, **settings).train()
     with pytest.raises(ValueError, match="--metric_task answers rows of read_rows, not a list"):
         trainer_of(tokenizer, tmp_path, **METRIC).train()
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_bf16_without_instructions_for_it_is_said_beforehand(tmp_path, caplog, monkeypatch, has_instructions):
+    monkeypatch.setattr(steady, "multiplies_bf16", lambda: has_instructions)
+    ImagePromptTrainingArguments(tmp_path, bf16=True, use_cpu=True)
+    assert ("no instructions for bfloat16" in caplog.text) is not has_instructions
 
 
 def test_of_some_scores_less_is_better(tmp_path):
