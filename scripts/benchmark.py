@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from imageprompt.provenance import provenance
+from imageprompt.provenance import differences, provenance
 
 # Who does what; the first is what the others are compared with.
 WORKS: dict[str, list[tuple[str, str]]] = {
@@ -71,7 +71,8 @@ WORKS: dict[str, list[tuple[str, str]]] = {
         ("OursPooled", "generate_static"),
         ("OursPooled", "generate_compiled"),
     ],
-    "decode a token": [(name, "decode") for name in ("Ours", "Gpt2", "Gemms", "OursPooled")],
+    "decode a token": [(name, "decode") for name in ("Ours", "Gpt2", "Gemms", "OursPooled")]
+    + [("Ours", "decode_static")],
     "questions about one image": [
         ("Ours", "questions_together_behind_a_prefix"),
         ("Ours", "questions_behind_a_prefix"),
@@ -202,19 +203,19 @@ def compare(title: str, jobs: list[Job], dtype: str, repeats: int, at_least: flo
         process = context.Process(target=_serve, args=(theirs, job, dtype, device, threads))
         process.start()
         theirs.close()
-        flops = ours.recv()  # an EOFError if it could not be built
-        contests.append((job, flops, ours, process))
+        contests.append((job, ours, process))
+    flops = [pipe.recv() for _, pipe, _ in contests]  # once all are ready; an EOFError if one could not be built
     seconds: list[list[float]] = [[] for _ in contests]
     peaks = [0] * len(contests)
     turns, begun = tqdm(desc=f"{title}, {dtype}"), time.perf_counter()
     while len(seconds[0]) < repeats or time.perf_counter() - begun < at_least:
-        for number, (*_, pipe, _process) in enumerate(contests):
+        for number, (_, pipe, _) in enumerate(contests):
             pipe.send(True)
             taken, peaks[number] = pipe.recv()
             seconds[number].append(taken)
         turns.update()
     operations = []
-    for *_, pipe, process in contests:
+    for _, pipe, process in contests:
         pipe.send(False)
         operations.append(pipe.recv())
         process.join()
@@ -229,10 +230,10 @@ def compare(title: str, jobs: list[Job], dtype: str, repeats: int, at_least: flo
             "times_the_first": statistics.median(taken) / first,
             "peak_bytes": peak,
             "peak_times_the_first": peak / peaks[0],
-            "flops": flops,
+            "flops": counted,
             "share_by_operation": shares,
         }
-        for (job, flops, *_), taken, peak, shares in zip(contests, seconds, peaks, operations, strict=True)
+        for (job, *_), counted, taken, peak, shares in zip(contests, flops, seconds, peaks, operations, strict=True)
     ]
 
 
@@ -320,6 +321,17 @@ def circumstances(sizes: Sizes) -> dict[str, Any]:
     return {"sizes": asdict(sizes), "device": device, "threads": threads} | provenance()
 
 
+def begin(circumstances: dict[str, Any], output: Path | None) -> dict[str, Any]:
+    """The file to go on with, if there is one of the same circumstances; what is measured anew replaces the old."""
+    if output is None or not output.exists():
+        return circumstances
+    found = json.loads(output.read_text())
+    others = differences({name: found.get(name) for name in circumstances}, circumstances)
+    if others:
+        raise typer.BadParameter(f"{output} was measured with {'; '.join(others)}: name another file.")
+    return found
+
+
 def write(result: dict[str, Any], output: Path | None) -> None:
     """Keep what there is so far."""
     if output is not None:
@@ -339,16 +351,18 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models: to see that all runs, not how fast.")] = False,
     peak_tflops: Annotated[float | None, typer.Option(help="Of the device, to say how much of it is used.")] = None,
 ) -> None:
-    """Time all, write the results after each work, and print them."""
+    """Time all, write the results after each work, and print them. A file that there is already is gone on with."""
     sizes = QUICK if quick else LARGE if large else REFERENCE
-    result: dict[str, Any] = circumstances(sizes) | {"runs": []}
+    result = {"runs": []} | begin(circumstances(sizes), output)
+    order = [(work, dtype) for work in WORKS for dtype in DTYPES]
     for work in choose(WORKS, works):
         for dtype in dtypes.split(",") if dtypes else dtypes_of_this_machine():
             jobs = [Job(name, method, sizes) for name, method in WORKS[work]]
             runs = [{"work": work} | entry for entry in compare(work, jobs, dtype, repeats, 0 if quick else at_least)]
             for entry in runs if peak_tflops is not None else []:
                 entry["model_flops_utilization"] = entry["flops"] / entry["seconds"]["median"] / 1e12 / peak_tflops
-            result["runs"] += runs
+            others = [run for run in result["runs"] if (run["work"], run["dtype"]) != (work, dtype)]
+            result["runs"] = sorted(others + runs, key=lambda run: order.index((run["work"], run["dtype"])))
             write(result, output)
     if output is not None:
         draw(result["runs"], output.with_suffix(".png"))

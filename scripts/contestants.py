@@ -27,6 +27,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    StaticCache,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -261,9 +262,17 @@ class Ours(Contestant):
 
     def decode(self) -> Callable[[], Any]:
         """The step for one more token of each row."""
+        return self._decode_with(DynamicCache(config=self.model.config.text_config))
+
+    def decode_static(self) -> Callable[[], Any]:
+        """As `decode`, with a cache whose size is fixed beforehand."""
+        most = self.image_tokens + self.sizes.text_tokens + self.sizes.new_tokens
+        return self._decode_with(StaticCache(config=self.model.config.text_config, max_cache_len=most))
+
+    def _decode_with(self, cache: DynamicCache | StaticCache) -> Callable[[], Any]:
         model, inputs = self.to_answer(), self.inputs(self.text)
         with torch.inference_mode():
-            cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+            model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return _decoding(model, cache, inputs["attention_mask"])
 
 
@@ -492,8 +501,8 @@ class Gemms(Contestant):
 
 
 def _decoding(model: torch.nn.Module, cache: Any, mask: torch.Tensor) -> Callable[[], None]:
-    """Steps behind a cache, which is cut to its length again after each."""
-    length = cache.get_seq_length()
+    """Steps behind a cache, which forgets each of them again."""
+    length = int(cache.get_seq_length())
     mask = F.pad(mask, (0, 1), value=1)
     token = torch.ones(len(mask), 1, dtype=torch.long, device=mask.device)
     position = torch.full_like(token, length)
@@ -501,7 +510,11 @@ def _decoding(model: torch.nn.Module, cache: Any, mask: torch.Tensor) -> Callabl
     @torch.inference_mode()
     def step() -> None:
         model(token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
-        cache.crop(-1)
+        if isinstance(cache, StaticCache):  # has no `crop`: the next step is written over this one
+            for layer in cache.layers:
+                layer.cumulative_length.sub_(1)
+        else:
+            cache.crop(-1)
 
     return step
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark import WORKS
+import typer
+from benchmark import WORKS, begin, write
 from benchmark import table as table_of_works
 from contestants import CONTESTANTS, QUICK
 from scaling import CURVES, line, throughput
@@ -93,6 +94,20 @@ def test_answers_behind_a_prefix_are_those_without():
     answers = [getattr(contestant("Ours"), method)()() for _, method in WORKS["questions about one image"]]
     assert all(found.equal(answers[0]) for found in answers)
     assert len(answers[0]) == QUICK.questions
+
+
+@pytest.mark.parametrize("name", ["Ours", "Gpt2"])
+def test_every_step_behind_a_cache_is_the_same(name):
+    seen = []
+    for method in ("decode", "decode_static") if name == "Ours" else ("decode",):
+        found = contestant(name)
+        step = getattr(found, method)()
+        found.model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+        step()
+        step()
+    assert len(seen) >= 2
+    for logits in seen[1:]:
+        torch.testing.assert_close(logits, seen[0], atol=1e-6, rtol=1e-5)
 
 
 def test_the_floor_does_the_matrix_products_of_a_decoding_step():
@@ -194,15 +209,25 @@ def command(script, tmp_path, *options):
 def test_the_benchmark_writes_what_it_measured(tmp_path):
     options = ["--works", "decode", "--dtypes", "fp32", "--repeats", "2", "--peak-tflops", "1"]
     printed, found = command("benchmark.py", tmp_path, *options)
-    assert [run["contestant"] for run in found["runs"]] == [name for name, _ in WORKS["decode a token"]]
+    decoding = [(run["contestant"], run["method"]) for run in found["runs"]]
+    assert decoding == WORKS["decode a token"]
     assert all(run["seconds"]["lowest"] > 0 and run["peak_bytes"] > 1e8 for run in found["runs"])
     assert found["runs"][0]["times_the_first"] == 1
-    ours, gpt2, gemms, pooled = found["runs"]
+    ours, gpt2, gemms, pooled, _ = found["runs"]
     assert ours["flops"] >= gpt2["flops"] > gemms["flops"] > 0 and ours["flops"] > pooled["flops"]
     assert gemms["model_flops_utilization"] == pytest.approx(gemms["flops"] / gemms["seconds"]["median"] / 1e12)
     assert {"aten::addmm", "aten::mm"} & gemms["share_by_operation"].keys()
     assert all(0 < sum(run["share_by_operation"].values()) <= 1.001 for run in found["runs"])
     assert table_of_works(found["runs"]) in printed
+
+
+def test_a_file_is_gone_on_with_in_the_same_circumstances_only(tmp_path):
+    file = tmp_path / "result.json"
+    assert begin({"device": "CPU"}, None) == begin({"device": "CPU"}, file) == {"device": "CPU"}
+    write({"device": "CPU", "runs": [1]}, file)
+    assert begin({"device": "CPU"}, file)["runs"] == [1]
+    with pytest.raises(typer.BadParameter, match="was measured with device 'CPU' instead of 'GPU': name another file"):
+        begin({"device": "GPU"}, file)
 
 
 def test_the_scaling_command_writes_what_it_measured(tmp_path):
