@@ -10,6 +10,6 @@ from transformers.activations import NewGELUActivation
 
 def fuse_gelu(module: nn.Module) -> None:
     """Put torch's own tanh approximation of GELU in the place of every `gelu_new`."""
-    names = [name for name, part in module.named_modules() if isinstance(part, NewGELUActivation)]
-    for name in names:
+    parts = module.named_modules(remove_duplicate=False)  # one activation may serve several layers
+    for name in [name for name, part in parts if isinstance(part, NewGELUActivation)]:
         module.set_submodule(name, nn.GELU(approximate="tanh"))

@@ -56,7 +56,6 @@ def caption_images(
     about = {
         "model": model_digests(folder),
         "prompt": prompt,
-        "batch_size": batch_size,
         "dtype": dtype,
         "generation": generation,
         "versions": provenance()["versions"],

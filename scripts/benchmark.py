@@ -3,9 +3,10 @@
     python scripts/benchmark.py --output docs/speed/benchmark.json
 
 The contestants are in `contestants.py`, what they do in `WORKS`. All have random weights of the same sizes (ViT-S/16 at
-224 pixels with GPT-2's 124 million parameters), the same batch and the same dtype. Each runs in a process of its own,
-so that its peak memory is its own, and the processes take turns, one repeat each, so that what else the machine does
-falls on all alike: what counts is the ratio of the medians, held against `GOALS`. A picture of the ratios is drawn
+224 pixels with GPT-2's 124 million parameters; LLaVA's head is a matrix of its own), the same batch and the same dtype.
+Each runs in a process of its own, so that its peak memory is its own, and the processes take turns, one repeat each, so
+that what else the machine does falls on all alike: what counts is the median ratio of times of the same turn, held
+against `GOALS`. A picture of the ratios is drawn
 beside the file, which also says in which of torch's operations the time goes.
 
 For a GPU, larger ones, and how much of its arithmetic is used (of the peak that its maker states, 989 TFLOP/s for an
@@ -16,10 +17,11 @@ H100 in bf16):
 `--quick` takes tiny models, to see that all runs; no time is looked at.
 """
 
+import hashlib
 import json
 import math
 import multiprocessing
-import resource
+import os
 import statistics
 import time
 from collections.abc import Iterable
@@ -36,9 +38,12 @@ from tqdm.auto import tqdm
 
 from imageprompt.provenance import differences, provenance
 
+SCRIPTS = Path(__file__).parent
+
 # Who does what; the first is what the others are compared with.
 WORKS: dict[str, list[tuple[str, str]]] = {
     "train, all image tokens": [("Ours", "train"), ("Llava", "train")],
+    "train, and the floor": [("Ours", "train"), ("Gemms", "train")],
     "train, logits where there are labels": [("Ours", "train"), ("Ours", "train_all_logits")],
     "train, GELU as one operation": [("Ours", "train"), ("Ours", "train_gelu_in_eight")],
     "train, a quarter of the tokens": [
@@ -75,6 +80,7 @@ WORKS: dict[str, list[tuple[str, str]]] = {
     + [("Ours", "decode_static")],
     "questions about one image": [
         ("Ours", "questions_together_behind_a_prefix"),
+        ("Ours", "questions_together"),
         ("Ours", "questions_behind_a_prefix"),
         ("Ours", "questions_one_by_one"),
     ],
@@ -97,6 +103,7 @@ def _both(times: float) -> dict[str, float]:
     return dict.fromkeys(DTYPES, times)
 
 
+_QUESTIONS = "questions about one image"
 _CONNECTOR = "train, the connector alone"
 _LARGE_TOWER = "train, a frozen tower larger than the text"
 GOALS = [
@@ -112,12 +119,8 @@ GOALS = [
     ),
     Goal("decode a token", ("Ours", "decode"), (("Gemms", "decode"),), _both(1 / 1.25)),
     Goal("decode a token", ("OursPooled", "decode"), (("Gemms", "decode"),), _both(1 / 1.25)),
-    Goal(
-        "questions about one image",
-        ("Ours", "questions_together_behind_a_prefix"),
-        (("Ours", "questions_one_by_one"),),
-        _both(5),
-    ),
+    Goal(_QUESTIONS, ("Ours", "questions_behind_a_prefix"), (("Ours", "questions_one_by_one"),), _both(5)),
+    Goal(_QUESTIONS, ("Ours", "questions_together_behind_a_prefix"), (("Ours", "questions_together"),), _both(5)),
     Goal("train, a frozen tower", ("OursPooled", "train_frozen"), (("EncoderDecoder", "train"),), _both(1.5), memory=1),
     Goal(
         "train, a frozen tower",
@@ -153,26 +156,35 @@ class Job:
 
 def _serve(pipe: Any, job: Job, dtype: str, device: str, threads: int) -> None:
     """A contestant's process: one repeat for every True that it receives, answered with its seconds and the peak memory
-    so far; for False the shares of its operations, and the end."""
+    of its repeats so far; for False the shares of its operations, and the end."""
     torch.set_num_threads(threads)
     work = getattr(CONTESTANTS[job.contestant](job.sizes, dtype, device), job.method)()
     with FlopCounterMode(display=False) as counter:
         work()  # not timed: allocations and kernels' first calls
     work()  # without the counter, under which nothing is compiled
+    _forget_peak(device)  # building takes more than some works
     pipe.send(counter.get_total_flops())  # only now may others be timed
     while pipe.recv():
         started = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak()
-        pipe.send((seconds, peak))
+        pipe.send((time.perf_counter() - started, _peak(device)))
     pipe.send(_operations(work, device))
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].removesuffix("kB")) * 1024
 
 
 def _operations(work: Any, device: str) -> dict[str, float]:
@@ -190,46 +202,46 @@ def _operations(work: Any, device: str) -> dict[str, float]:
 
 
 def compare(title: str, jobs: list[Job], dtype: str, repeats: int, at_least: float) -> list[dict[str, Any]]:
-    """All contestants, in turns: (median, lowest and highest) seconds, peak bytes of the process, the floating-point
-    operations of its matrix products, convolutions and attention, and what else the time went to.
+    """All contestants, in turns: seconds, peak bytes of the process, the floating-point operations of its matrix
+    products, convolutions and attention, and what else the time went to.
 
     Short works are repeated for `at_least` so many seconds.
+
+    Raises:
+        RuntimeError: if a contestant cannot be built or run.
     """
     context = multiprocessing.get_context("spawn")
     device, threads = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
     contests = []
     for job in jobs:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, job, dtype, device, threads))
+        process = context.Process(target=_serve, args=(theirs, job, dtype, device, threads), daemon=True)
         process.start()
         theirs.close()
         contests.append((job, ours, process))
-    flops = [pipe.recv() for _, pipe, _ in contests]  # once all are ready; an EOFError if one could not be built
+    flops = [_receive(pipe, job) for job, pipe, _ in contests]  # once all are ready
     seconds: list[list[float]] = [[] for _ in contests]
     peaks = [0] * len(contests)
     turns, begun = tqdm(desc=f"{title}, {dtype}"), time.perf_counter()
     while len(seconds[0]) < repeats or time.perf_counter() - begun < at_least:
-        for number, (_, pipe, _) in enumerate(contests):
+        for number, (job, pipe, _) in enumerate(contests):
             pipe.send(True)
-            taken, peaks[number] = pipe.recv()
+            taken, peaks[number] = _receive(pipe, job)
             seconds[number].append(taken)
         turns.update()
     operations = []
-    for _, pipe, process in contests:
+    for job, pipe, process in contests:
         pipe.send(False)
-        operations.append(pipe.recv())
+        operations.append(_receive(pipe, job))
         process.join()
-    first = statistics.median(seconds[0])
     return [
         {
             "contestant": job.contestant,
             "method": job.method,
             "dtype": dtype,
-            "repeats": len(taken),
-            "seconds": {"median": statistics.median(taken), "lowest": min(taken), "highest": max(taken)},
-            "times_the_first": statistics.median(taken) / first,
+            "seconds": {"median": statistics.median(taken), "lowest": min(taken), "highest": max(taken), "all": taken},
+            "times_the_first": times_of(taken, seconds[0]),
             "peak_bytes": peak,
-            "peak_times_the_first": peak / peaks[0],
             "flops": counted,
             "share_by_operation": shares,
         }
@@ -237,18 +249,32 @@ def compare(title: str, jobs: list[Job], dtype: str, repeats: int, at_least: flo
     ]
 
 
+def _receive(pipe: Any, job: Job) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise RuntimeError(
+            f"{job.contestant}: {job.method} has ended: see its error above; without one, the memory did not suffice."
+        ) from None
+
+
+def times_of(some: list[float], others: list[float]) -> float:
+    """The median ratio of the seconds of each turn."""
+    return statistics.median(one / other for one, other in zip(some, others, strict=True))
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each contestant of each work."""
+    """Markdown: a row for each contestant of each work; no memory of one that works in another process."""
     lines = [
         "| work | dtype | contestant | seconds (lowest to highest) | times the first | peak GB | TFLOP/s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry in results:
-        seconds = entry["seconds"]
+        seconds, outside = entry["seconds"], entry["method"] == "cold_start"
         lines.append(
             f"| {entry['work']} | {entry['dtype']} | {entry['contestant']}: {entry['method']} "
             f"| {seconds['median']:.3g} ({seconds['lowest']:.3g} to {seconds['highest']:.3g}) "
-            f"| {entry['times_the_first']:.2f} | {entry['peak_bytes'] / 1e9:.1f} "
+            f"| {entry['times_the_first']:.2f} | {'' if outside else format(entry['peak_bytes'] / 1e9, '.1f')} "
             f"| {entry['flops'] / seconds['median'] / 1e12:.3g} |"
         )
     return "\n".join(lines) + "\n"
@@ -279,12 +305,12 @@ def goals_table(results: list[dict[str, Any]]) -> str:
             if who is None or not others:
                 continue
             fastest = min(others, key=lambda entry: entry["seconds"]["median"])
-            speed = fastest["seconds"]["median"] / who["seconds"]["median"]
-            memory = who["peak_bytes"] / fastest["peak_bytes"]
+            speed = times_of(fastest["seconds"]["all"], who["seconds"]["all"])
+            memory = "" if goal.memory is None else f"{who['peak_bytes'] / fastest['peak_bytes']:.2f}"
             most = "" if goal.memory is None else f"{goal.memory:g}"
             lines.append(
                 f"| {goal.work} | {': '.join(goal.who)} | {fastest['contestant']}: {fastest['method']} | {dtype} "
-                f"| {speed:.2f} | {faster:.3g} | {memory:.2f} | {most} |"
+                f"| {speed:.2f} | {faster:.3g} | {memory} | {most} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -310,25 +336,34 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def choose(names: Iterable[str], parts: str) -> list[str]:
     """The names that hold one of these parts, with commas between; all, if there are none."""
-    return [name for name in names if not parts or any(part and part in name for part in parts.split(","))]
+    names = list(names)
+    for part in parts.split(",") if parts else []:
+        if not part or not any(part in name for name in names):
+            raise typer.BadParameter(f"{part!r} is in no name; there are: {'; '.join(names)}.")
+    return [name for name in names if not parts or any(part in name for part in parts.split(","))]
 
 
 def circumstances(sizes: Sizes) -> dict[str, Any]:
-    """What a result holds besides what was measured."""
+    """What a result holds besides what was measured: all that it depends on."""
+    code = hashlib.sha256()
+    for file in sorted([*SCRIPTS.glob("*.py"), *(SCRIPTS.parent / "imageprompt").rglob("*.py")]):
+        code.update(file.read_bytes())
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
     threads = torch.get_num_threads()
-    return {"sizes": asdict(sizes), "device": device, "threads": threads} | provenance()
+    sizes_as_read = json.loads(json.dumps(asdict(sizes)))
+    return {"sizes": sizes_as_read, "device": device, "threads": threads, "code": code.hexdigest()} | provenance()
 
 
-def begin(circumstances: dict[str, Any], output: Path | None) -> dict[str, Any]:
+def begin(circumstances: dict[str, Any], name: str, output: Path | None) -> dict[str, Any]:
     """The file to go on with, if there is one of the same circumstances; what is measured anew replaces the old."""
     if output is None or not output.exists():
-        return circumstances
+        return circumstances | {name: []}
     found = json.loads(output.read_text())
-    others = differences({name: found.get(name) for name in circumstances}, circumstances)
-    if others:
-        raise typer.BadParameter(f"{output} was measured with {'; '.join(others)}: name another file.")
+    others = differences({key: found.get(key) for key in circumstances}, circumstances)
+    if others or name not in found:
+        reason = "; ".join(others) or f"no {name}"
+        raise typer.BadParameter(f"{output} was measured with {reason}: name another file, or delete it.")
     return found
 
 
@@ -336,7 +371,9 @@ def write(result: dict[str, Any], output: Path | None) -> None:
     """Keep what there is so far."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        draft = output.with_name(f"{output.name}.draft")
+        draft.write_text(json.dumps(result, indent=2) + "\n")
+        os.replace(draft, output)
 
 
 def main(
@@ -353,10 +390,11 @@ def main(
 ) -> None:
     """Time all, write the results after each work, and print them. A file that there is already is gone on with."""
     sizes = QUICK if quick else LARGE if large else REFERENCE
-    result = {"runs": []} | begin(circumstances(sizes), output)
+    chosen = choose(DTYPES, dtypes) if dtypes else dtypes_of_this_machine()
+    result = begin(circumstances(sizes), "runs", output)
     order = [(work, dtype) for work in WORKS for dtype in DTYPES]
     for work in choose(WORKS, works):
-        for dtype in dtypes.split(",") if dtypes else dtypes_of_this_machine():
+        for dtype in chosen:
             jobs = [Job(name, method, sizes) for name, method in WORKS[work]]
             runs = [{"work": work} | entry for entry in compare(work, jobs, dtype, repeats, 0 if quick else at_least)]
             for entry in runs if peak_tflops is not None else []:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from benchmark_preprocessing import load_photos
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BatchFeature,
     CLIPVisionConfig,
@@ -224,6 +225,12 @@ class Ours(Contestant):
 
         return ask
 
+    def questions_together(self) -> Callable[[], torch.Tensor]:
+        """All questions in one batch, each with its image."""
+        questions, settings = self._questions()
+        self.pixels = self.pixels[:1].expand(self.sizes.questions, -1, -1, -1)
+        return lambda: self.model.generate(**self.inputs(questions["input_ids"]), **settings)[:, self.image_tokens :]
+
     def questions_behind_a_prefix(self) -> Callable[[], torch.Tensor]:
         """The image once, then every question as it comes."""
         questions, settings = self._questions()
@@ -352,11 +359,14 @@ class OursPooled(Ours):
         return self.train_connector()
 
     def small_captioner(self) -> tuple[Any, Any]:
-        """A model of the same backbone with a tiny language model, and its processor."""
+        """A model of the same backbone with a tiny language model, in the place of the large one, and its processor."""
         tokenizer = train_tokenizer(["a photo of something"] * 10, 300)
         text = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=len(tokenizer))
         preprocessing = {"input_size": (3, self.sizes.image_size, self.sizes.image_size)}
-        return compose(self.sizes.backbone, text, tokenizer=tokenizer, pretrained=False, preprocessing=preprocessing)
+        self.model, processor = compose(
+            self.sizes.backbone, text, tokenizer=tokenizer, pretrained=False, preprocessing=preprocessing
+        )
+        return self.model, processor
 
     def photos(self, count: int) -> list[str]:
         """Paths of as many JPEG files, of 500x375 pixels."""
@@ -476,28 +486,49 @@ class Gpt2(Contestant):
         return _decoding(model, cache, torch.ones_like(ids))
 
 
-class Gemms(Contestant):
-    """The floor of a decoding step: its matrix products alone, with weights of the model's own layout."""
+class Gemms(Ours):
+    """The floor: the matrix products of a work alone, one behind the other, with the model's own weights."""
 
-    def build(self):
-        return GPT2LMHeadModel(self.sizes.gpt2())
+    def train(self):
+        return _products(super().train(), self.model)
 
     def decode(self):
-        model = self.to_answer()
-        rows, wide = (
-            torch.randn(self.sizes.batch, width, device=self.device, dtype=self.dtype)
-            for width in (self.sizes.text_width, 4 * self.sizes.text_width)
-        )
+        return _products(super().decode(), self.model)
 
-        @torch.inference_mode()
-        def step() -> None:
-            for block in model.transformer.h:
-                for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc):
-                    torch.addmm(layer.bias, rows, layer.weight)
-                torch.addmm(block.mlp.c_proj.bias, wide, block.mlp.c_proj.weight)
-            F.linear(rows, model.lm_head.weight)
 
-        return step
+def _products(work: Callable[[], Any], model: torch.nn.Module) -> Callable[[], None]:
+    """The matrix products of a work. One copy stands for all operands of its shape that are not weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    copies: dict[Any, torch.Tensor] = {}
+    calls: list[tuple[Any, list[Any]]] = []
+
+    def operand(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.untyped_storage().data_ptr() in weights:
+            return value
+        key = (value.shape, value.stride(), value.dtype)
+        if key not in copies:
+            copies[key] = value.clone()
+        return copies[key]
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            with self:  # a linear layer is not taken apart yet in inference mode
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+                calls.append((func, [operand(value) for value in args]))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        work()
+
+    @torch.inference_mode()
+    def step() -> None:
+        for product, operands in calls:
+            product(*operands)
+
+    return step
 
 
 def _decoding(model: torch.nn.Module, cache: Any, mask: torch.Tensor) -> Callable[[], None]:

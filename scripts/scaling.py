@@ -52,17 +52,18 @@ def line(values: tuple[int, ...], figures: list[float]) -> dict[str, float]:
 def table(curves: list[dict[str, Any]]) -> str:
     """Markdown: a row for each series, with what is fixed and what each further unit costs."""
     lines = [
-        "| one more of | contestant | fixed ms | ms each | variance left | peak GB | GFLOP each | GFLOP/s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| one more of | contestant | fixed ms | ms each | variance left | peak GB | MB each | GFLOP each | GFLOP/s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for curve in curves:
-        seconds, each = curve["seconds"], curve["flops"]["each"] / 1e9
+        seconds, flops = curve["seconds"], curve["flops"]["each"]
         peaks = [point["peak_bytes"] / 1e9 for point in curve["points"]]
         values = f"{curve['values'][0]} to {curve['values'][-1]}"
         lines.append(
             f"| {curve['name']}, {values} | {curve['contestant']}: {curve['method']} "
             f"| {1e3 * seconds['fixed']:.3g} | {1e3 * seconds['each']:.3g} | {seconds['unexplained']:.2%} "
-            f"| {peaks[0]:.2f} to {peaks[-1]:.2f} | {each:.3g} | {each / seconds['each']:.0f} |"
+            f"| {peaks[0]:.2f} to {peaks[-1]:.2f} | {curve['bytes']['each'] / 1e6:.3g} "
+            f"| {flops / 1e9:.3g} | {flops / 1e9 / seconds['each']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -109,7 +110,7 @@ def main(
 ) -> None:
     """Measure all curves, write each when it is done, and print them. A file that there is already is gone on with."""
     sizes, dtype = QUICK if quick else REFERENCE, dtype or dtypes_of_this_machine()[-1]
-    result = {"curves": []} | begin(circumstances(sizes) | {"dtype": dtype}, output)
+    result = begin(circumstances(sizes) | {"dtype": dtype}, "curves", output)
     for name in choose(CURVES, curves):
         curve, found = CURVES[name], []
         values = (1, 4, 16) if quick else curve.values

@@ -42,6 +42,7 @@ RED, GREEN, BLUE, WHITE = (Image.new("RGB", (70, 90), colour) for colour in ("re
 CODE = {
     f"{name}.py"
     for name in (
+        "activations",
         "checkpoints",
         "configuration",
         "connectors",

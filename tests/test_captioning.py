@@ -65,7 +65,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_is_finished(saved, photos, tmp
         return model
 
     monkeypatch.setattr(captioning.ImagePromptForConditionalGeneration, "from_pretrained", counted)
-    assert caption_images(saved[2], photos, output, batch_size=1) == (5, 0)
+    assert caption_images(saved[2], photos, output, batch_size=2) == (5, 0)
     assert output.read_text() == whole and sum(calls[0]) == 3
     assert caption_images(saved[2], photos, output, batch_size=1) == (5, 0)
     assert output.read_text() == whole and sum(calls[1]) == 0

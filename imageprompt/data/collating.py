@@ -32,7 +32,8 @@ class ImagePromptCollator:
             models.
 
     Raises:
-        ValueError: if the language model has fewer than `max_length` positions; when called, if a row has no `suffix`
+        ValueError: if the language model has fewer than `max_length` positions, or `pack_length` is less than 1; when
+            called, if a row has no `suffix`
             (the columns found are named), not as many prompts as suffixes, or both `image` and `images`.
     """
 
@@ -41,6 +42,8 @@ class ImagePromptCollator:
     pack_length: int | None = None
 
     def __post_init__(self):
+        if self.pack_length is not None and self.pack_length < 1:
+            raise ValueError(f"`pack_length` is at least 1, got {self.pack_length}.")
         if self.max_length is None:
             return
         positions = self.processor.tokenizer.model_max_length

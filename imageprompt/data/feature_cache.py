@@ -10,6 +10,7 @@ are, so that a run that was stopped goes on where it was.
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,8 @@ from ..processing import ImagePromptProcessor
 from ..provenance import differences, provenance
 from .rows import Mixture, Rows, parts_of
 
-# Libraries that decode, resize and compute.
-_LIBRARIES = ("pillow", "timm", "torch", "torchvision")
+# What decodes, resizes and computes.
+_LIBRARIES = ("imageprompt", "pillow", "timm", "torch", "torchvision")
 
 
 def cache_features(
@@ -113,6 +114,12 @@ class FeatureCache:
         self.folder, self.model, self.image_processor = folder, model, processor.image_processor
         self.dtype, config = dtype, model.config
         self.shape = (math.prod(config.feature_grid), config.feature_size)
+        size, expected = self.image_processor.pretrained_cfg["input_size"], [config.num_channels, *config.image_size]
+        if list(size) != expected:
+            raise ValueError(
+                f"Features are kept of images of the size of the configuration, {expected}, not of the processor's "
+                f"{list(size)}: train without a feature cache, or compose the model with that `input_size`."
+            )
         versions = provenance()["versions"]
         self._about = {
             "weights_sha256": _digest(model.model.vision_tower),
@@ -205,12 +212,13 @@ class FeatureCache:
         return features.to("cpu", self.dtype).contiguous()
 
     def _check_origin(self) -> None:
-        file = self.folder / "about.json"
+        file, draft = self.folder / "about.json", self.folder / "about.json.draft"
         about = json.loads(json.dumps(self._about))
         if not file.exists():
-            if strangers := sorted(path.name for path in self.folder.iterdir() if path.name != "lock"):
+            if strangers := sorted({path.name for path in self.folder.iterdir()} - {"lock", draft.name}):
                 raise ValueError(f"{self.folder} holds something else ({', '.join(strangers[:3])}): name a new folder.")
-            file.write_text(json.dumps(about, indent=2) + "\n")
+            draft.write_text(json.dumps(about, indent=2) + "\n")
+            os.replace(draft, file)
             return
         if different := differences(json.loads(file.read_text()), about):
             raise ValueError(

@@ -25,12 +25,11 @@ def pack(batch: BatchFeature, length: int) -> BatchFeature:
         batch: of the collator, padded on the right.
 
     Returns:
-        `input_ids`, `labels` and `position_ids`, (lines, positions), in place of the rows' values and mask. What a line
-        is padded with is one more row in it, of which nothing is learnt.
+        `input_ids`, `labels` and `position_ids`, (lines, positions), in place of the rows' values and mask. Each
+        token that a line is padded with is a row by itself, of which nothing is learnt.
     """
     mask = batch.pop("attention_mask").bool()
     lines = _lines(mask.sum(-1).tolist(), length)
-    counts = mask.cumsum(-1) - 1
 
     def joined(values: Tensor, padding: int) -> Tensor:
         rows = [row[kept] for row, kept in zip(values, mask, strict=True)]
@@ -38,9 +37,7 @@ def pack(batch: BatchFeature, length: int) -> BatchFeature:
 
     batch["input_ids"] = joined(batch["input_ids"], int(batch["input_ids"][0][mask[0]][-1]))  # the end of a text
     batch["labels"] = joined(batch["labels"], IGNORE_INDEX)
-    positions = joined(counts, -1)
-    padding = positions < 0
-    batch["position_ids"] = torch.where(padding, padding.cumsum(-1) - 1, positions)
+    batch["position_ids"] = joined(mask.cumsum(-1) - 1, 0)
     return batch
 
 

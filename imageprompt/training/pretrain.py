@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from ..activations import fuse_gelu
 from ..composing import load_tokenizer, loading
 from ..data.sources import Source
 from ..options import new_gpt2, spell_out_recipe
@@ -110,6 +111,7 @@ def build(args: LanguageModelArguments, documents: Sequence[str]) -> tuple[PreTr
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
         model = AutoModelForCausalLM.from_config(config)
+        fuse_gelu(model)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}.")
     return model, tokenizer

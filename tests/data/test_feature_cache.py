@@ -59,6 +59,16 @@ def test_the_loss_is_the_same_and_the_tower_rests(parts, files, tmp_path, dtype,
     assert max_difference(loss_of(parts, rows), expected) == 0 and calls == [4]
 
 
+def test_images_of_another_size_than_the_features_are_refused(tokenizer, files, tmp_path):
+    model, processor = tiny(tokenizer, dynamic_image_size=True)
+    model.set_trainable(vision=False)
+    processor.image_processor.size = {"height": 128, "width": 128}
+    processor.check_model(model)
+    with pytest.raises(ValueError, match=r"the configuration, \[3, 64, 64\], not of the processor's \[3, 128, 128\]"):
+        cache_features(tmp_path / "cache", model, processor, rows_of(files))
+    assert not (tmp_path / "cache" / "about.json").exists()
+
+
 def test_an_image_is_encoded_once_for_all_rows_sources_and_runs(parts, files, tmp_path):
     calls = count_tower_calls(parts[0])
     mixture = Mixture({"some": rows_of(files[:2]), "lists": rows_of([files[1:3], files[3:]])})

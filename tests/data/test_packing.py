@@ -1,7 +1,7 @@
 """Packed rows learn what padded ones do, and models in which they would not are refused."""
 
 import pytest
-from conftest import lively, max_difference, picture, tiny_gpt2
+from conftest import lively, max_difference, picture, tiny, tiny_gpt2
 from transformers import BloomConfig, GPTNeoXConfig, LlamaConfig
 
 from imageprompt import ImagePromptCollator, compose
@@ -53,6 +53,22 @@ def test_rows_longer_than_the_positions_may_lie_in_one_line(tokenizer):
     assert packed["input_ids"].shape[1] > model.config.text_config.n_positions
     expected = model.eval()(**ImagePromptCollator(processor)(rows)).loss
     assert max_difference(model(**packed).loss, expected) <= 1e-5
+
+
+def test_a_line_may_be_padded_by_more_than_the_positions(tokenizer):
+    model, processor = tiny(tokenizer, text_config=tiny_gpt2(initializer_range=0.2, n_positions=48))
+    rows = [{"image": picture(seed), "suffix": " a dog"} for seed in range(9)]
+    lengths = ImagePromptCollator(processor)(rows)["attention_mask"].sum(-1)
+    packed = ImagePromptCollator(processor, pack_length=int(lengths[:8].sum()))(rows)
+    padding = packed["input_ids"].shape[1] - lengths[8]
+    assert len(packed["input_ids"]) == 2 and padding > 48
+    expected = model.eval()(**ImagePromptCollator(processor)(rows)).loss
+    assert max_difference(model(**packed).loss, expected) <= 1e-5
+
+
+def test_a_line_has_room_for_a_token(tokenizer):
+    with pytest.raises(ValueError, match="`pack_length` is at least 1, got 0"):
+        ImagePromptCollator(lively(tokenizer)[1], pack_length=0)
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 400}
