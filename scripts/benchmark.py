@@ -65,7 +65,7 @@ WORKS: dict[str, list[tuple[str, str]]] = {
         ("OursSmallText", "train_frozen"),
         ("OursSmallText", "train_frozen_from_features"),
     ],
-    "train, texts of unlike length": [("OursPooled", "train_padded"), ("OursPooled", "train_packed")],
+    "train, texts of unlike length": [("OursLongText", "train_padded"), ("OursLongText", "train_packed")],
     "a training batch, and its making from files": [("OursPooled", "train"), ("OursPooled", "load_photos")],
     "generate": [
         ("OursPooled", "generate"),

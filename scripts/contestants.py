@@ -300,9 +300,9 @@ class OursPooled(Ours):
         return self._training_on(self.unlike_lengths())
 
     def train_packed(self) -> Callable[[], Any]:
-        """As `train_padded`, with `--pack_length`: rows behind one another, as long as the longest."""
+        """As `train_padded`, with a `--pack_length` for which all rows lie one behind the other."""
         batch = self.unlike_lengths()
-        return self._training_on(pack(batch, batch["input_ids"].shape[1]))
+        return self._training_on(pack(batch, batch["input_ids"].numel()))
 
     def unlike_lengths(self) -> BatchFeature:
         """A training batch, padded on the right."""
@@ -388,6 +388,13 @@ class OursPooled(Ours):
             del inputs["pixel_values"]
             inputs["image_features"] = self.features
         return inputs
+
+
+class OursLongText(OursPooled):
+    """As `OursPooled`, with texts of five times as many tokens."""
+
+    def __init__(self, sizes: Sizes, dtype: str, device: str):
+        super().__init__(replace(sizes, text_tokens=5 * sizes.text_tokens), dtype, device)
 
 
 class OursSmallText(OursPooled):
@@ -550,5 +557,5 @@ def _decoding(model: torch.nn.Module, cache: Any, mask: torch.Tensor) -> Callabl
     return step
 
 
-KINDS = (Ours, OursPooled, OursSmallText, Llava, EncoderDecoder, Loop, Gpt2, Gemms)
+KINDS = (Ours, OursPooled, OursLongText, OursSmallText, Llava, EncoderDecoder, Loop, Gpt2, Gemms)
 CONTESTANTS = {kind.__name__: kind for kind in KINDS}

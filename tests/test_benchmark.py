@@ -152,14 +152,16 @@ def test_a_static_cache_and_compiled_steps_give_the_same_captions(method):
 
 
 def test_packed_rows_have_the_loss_of_padded_ones():
-    losses = []
+    losses, sizes = [], []
     for method in ("train_padded", "train_packed"):
-        model = contestant("OursPooled")
+        model = contestant("OursLongText")
         steps = []
         model._training_on = steps.append
         getattr(model, method)()
         losses.append(model.model.eval()(**steps[0]).loss.item())
+        sizes.append(steps[0]["input_ids"].numel())
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert sizes[0] > sizes[1]
 
 
 def test_a_batch_from_photos_is_as_large_and_every_file_is_captioned():
