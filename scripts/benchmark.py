@@ -125,6 +125,13 @@ GOALS = [
     Goal(
         "train, a frozen tower",
         ("OursPooled", "train_frozen_from_features"),
+        (("EncoderDecoder", "train"),),
+        _both(1.5),
+        memory=1,
+    ),
+    Goal(
+        "train, a frozen tower",
+        ("OursPooled", "train_frozen_from_features"),
         (("OursPooled", "train_frozen"),),
         _both(5),
     ),

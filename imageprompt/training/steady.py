@@ -75,7 +75,7 @@ class SteadyTrainingArguments(TrainingArguments):
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16, as far as torch knows."""
+    """Whether torch has fast matrix products in bfloat16 on this CPU: on x86, from AVX-512 on."""
     return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

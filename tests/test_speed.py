@@ -1,0 +1,42 @@
+"""The tables of docs/speed.md are those of the committed file, and what it lacks is said."""
+
+import json
+from pathlib import Path
+
+import benchmark
+import pytest
+from contestants import DTYPES, REFERENCE
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "speed.md").read_text()
+FOUND = json.loads((DOCS / "speed" / "benchmark.json").read_text())
+RUNS = FOUND["runs"]
+
+
+@pytest.mark.parametrize("make", [benchmark.table, benchmark.operations_table, benchmark.goals_table])
+def test_tables_are_what_was_measured(make):
+    assert make(RUNS) in PAGE
+
+
+def test_every_contestant_of_a_work_was_measured_at_the_sizes_of_reference():
+    for work, dtype in {(run["work"], run["dtype"]) for run in RUNS}:
+        found = [(run["contestant"], run["method"]) for run in RUNS if (run["work"], run["dtype"]) == (work, dtype)]
+        assert found == benchmark.WORKS[work]
+    assert FOUND["sizes"] == vars(REFERENCE)
+
+
+def test_what_was_not_measured_is_said():
+    works, dtypes = ({run[name] for run in RUNS} for name in ("work", "dtype"))
+    missing = [name for name in benchmark.WORKS if name not in works] + [name for name in DTYPES if name not in dtypes]
+    said = " ".join(PAGE.split())
+    assert not missing or f"Not measured yet: {'; '.join(missing)}." in said
+
+
+def test_the_training_page_says_what_compiling_brought():
+    (ratio,) = {run["times_the_first"] for run in RUNS if run["method"] == "train_compiled"}
+    assert f"a step then took {ratio:.2f} of the time" in (DOCS / "training.md").read_text()
+
+
+def test_the_page_names_machine_and_versions():
+    assert FOUND["device"] in PAGE
+    assert all(f"{name} {FOUND['versions'][name]}" in PAGE for name in ("torch", "transformers"))
