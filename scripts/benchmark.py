@@ -329,7 +329,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     panels = list(dict.fromkeys((entry["work"], entry["dtype"]) for entry in results))
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(12, 1 + 1.6 * rows), layout="constrained")
-    for axes, panel in zip(figure.subplots(rows, 2, squeeze=False).flat, panels, strict=False):
+    for axes in (places := list(figure.subplots(rows, 2, squeeze=False).flat))[len(panels) :]:
+        axes.remove()
+    for axes, panel in zip(places, panels, strict=False):
         entries = [entry for entry in results if (entry["work"], entry["dtype"]) == panel][::-1]
         names = [f"{entry['contestant']}: {entry['method']}" for entry in entries]
         bars = axes.barh(names, [entry["times_the_first"] for entry in entries])

@@ -84,6 +84,7 @@ COMMANDS_TRIED = [
     ["imageprompt", "serve"],
     ["imageprompt", "train"],
     ["python", "-m"],
+    ["python", "scripts/benchmark.py"],
     ["python", "scripts/benchmark_preprocessing.py"],
     ["python", "scripts/compare_captioners.py"],
     ["python", "scripts/measure_compression.py"],
