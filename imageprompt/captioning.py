@@ -5,13 +5,13 @@ be read, which a later run tries again. Beside it, `about.json` behind its name 
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from .folders import write_whole
 from .generating import default_length, stream_texts
 from .modeling import ImagePromptForConditionalGeneration
 from .processing import ImagePromptProcessor
@@ -99,9 +99,7 @@ def _captions_of(output: Path, about: dict[str, Any]) -> set[str]:
         records = [record for record in map(json.loads, lines) if "caption" in record]
     except ValueError as error:
         raise ValueError(f"{output} has a line that is no JSON ({error}): mend it, or delete the file.") from error
-    draft = output.with_name(f"{output.name}.draft")
-    draft.write_text("".join(map(_line, records)), encoding="utf-8")
-    os.replace(draft, output)
+    write_whole(output, "".join(map(_line, records)))
     return {record["image"] for record in records}
 
 

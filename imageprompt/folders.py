@@ -1,4 +1,4 @@
-"""The folder that a command writes: new, and whole or not there at all."""
+"""What a command writes: a new folder, or a file, whole or not there at all."""
 
 import os
 import shutil
@@ -36,3 +36,10 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
             draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file, or put another in its place, in one step: who stops it on the way leaves `<name>.draft`."""
+    draft = file.with_name(f"{file.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)

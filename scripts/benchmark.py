@@ -6,8 +6,8 @@ The contestants are in `contestants.py`, what they do in `WORKS`. All have rando
 224 pixels with GPT-2's 124 million parameters; LLaVA's head is a matrix of its own), the same batch and the same dtype.
 Each runs in a process of its own, so that its peak memory is its own, and the processes take turns, one repeat each, so
 that what else the machine does falls on all alike: what counts is the median ratio of times of the same turn, held
-against `GOALS`. A picture of the ratios is drawn
-beside the file, which also says in which of torch's operations the time goes.
+against `GOALS`. A picture of the ratios is drawn beside the file, which also says in which of torch's operations the
+time goes.
 
 For a GPU, larger ones, and how much of its arithmetic is used (of the peak that its maker states, 989 TFLOP/s for an
 H100 in bf16):
@@ -21,10 +21,9 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from imageprompt.folders import write_whole
 from imageprompt.provenance import differences, provenance
 
 SCRIPTS = Path(__file__).parent
@@ -360,8 +360,7 @@ def circumstances(sizes: Sizes) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
     threads = torch.get_num_threads()
-    sizes_as_read = json.loads(json.dumps(asdict(sizes)))
-    return {"sizes": sizes_as_read, "device": device, "threads": threads, "code": code.hexdigest()} | provenance()
+    return {"sizes": asdict(sizes), "device": device, "threads": threads, "code": code.hexdigest()} | provenance()
 
 
 def begin(circumstances: dict[str, Any], name: str, output: Path | None) -> dict[str, Any]:
@@ -376,13 +375,17 @@ def begin(circumstances: dict[str, Any], name: str, output: Path | None) -> dict
     return found
 
 
+def put_in_place(old: list[Any], new: list[Any], place: Callable[[Any], int]) -> list[Any]:
+    """All entries in the order of their places, in which new ones replace old."""
+    taken = {place(entry) for entry in new}
+    return sorted([entry for entry in old if place(entry) not in taken] + new, key=place)
+
+
 def write(result: dict[str, Any], output: Path | None) -> None:
     """Keep what there is so far."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        draft = output.with_name(f"{output.name}.draft")
-        draft.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(draft, output)
+        write_whole(output, json.dumps(result, indent=2) + "\n")
 
 
 def main(
@@ -408,8 +411,7 @@ def main(
             runs = [{"work": work} | entry for entry in compare(work, jobs, dtype, repeats, 0 if quick else at_least)]
             for entry in runs if peak_tflops is not None else []:
                 entry["model_flops_utilization"] = entry["flops"] / entry["seconds"]["median"] / 1e12 / peak_tflops
-            others = [run for run in result["runs"] if (run["work"], run["dtype"]) != (work, dtype)]
-            result["runs"] = sorted(others + runs, key=lambda run: order.index((run["work"], run["dtype"])))
+            result["runs"] = put_in_place(result["runs"], runs, lambda run: order.index((run["work"], run["dtype"])))
             write(result, output)
     if output is not None:
         draw(result["runs"], output.with_suffix(".png"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from benchmark import Job, begin, choose, circumstances, compare, write
+from benchmark import Job, begin, choose, circumstances, compare, put_in_place, write
 from contestants import QUICK, REFERENCE, dtypes_of_this_machine
 
 
@@ -130,8 +130,7 @@ def main(
                     "points": points,
                 }
             )
-        others = [entry for entry in result["curves"] if entry["name"] != name]
-        result["curves"] = sorted(others + found, key=lambda entry: list(CURVES).index(entry["name"]))
+        result["curves"] = put_in_place(result["curves"], found, lambda entry: list(CURVES).index(entry["name"]))
         write(result, output)
     if output is not None:
         draw(result["curves"], output.with_suffix(".png"))

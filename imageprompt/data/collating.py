@@ -33,8 +33,8 @@ class ImagePromptCollator:
 
     Raises:
         ValueError: if the language model has fewer than `max_length` positions, or `pack_length` is less than 1; when
-            called, if a row has no `suffix`
-            (the columns found are named), not as many prompts as suffixes, or both `image` and `images`.
+            called, if a row has no `suffix` (the columns found are named), not as many prompts as suffixes, or both
+            `image` and `images`.
     """
 
     processor: ImagePromptProcessor

@@ -10,7 +10,6 @@ are, so that a run that was stopped goes on where it was.
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ..decoding import evaluating
+from ..folders import write_whole
 from ..image_processing import ImageFeatures, ImagePromptImageProcessor
 from ..modeling import ImagePromptForConditionalGeneration
 from ..processing import ImagePromptProcessor
@@ -54,8 +54,8 @@ def cache_features(
         batch_size, num_workers: of the images that are encoded.
 
     Raises:
-        ValueError: as [`check_cacheable`]; if the folder's features are of another tower, preprocessing or version,
-            which are named; or if there is no room for those to come.
+        ValueError: as [`check_cacheable`]; if the processor makes images of another size; if the folder's features are
+            of another tower, preprocessing or version, which are named; or if there is no room for those to come.
     """
     parts = check_cacheable(model, rows)
     folder, digests = Path(folder), [part.image_digests() for part in parts]
@@ -115,10 +115,10 @@ class FeatureCache:
         self.dtype, config = dtype, model.config
         self.shape = (math.prod(config.feature_grid), config.feature_size)
         size, expected = self.image_processor.pretrained_cfg["input_size"], [config.num_channels, *config.image_size]
-        if list(size) != expected:
+        if size != expected:
             raise ValueError(
                 f"Features are kept of images of the size of the configuration, {expected}, not of the processor's "
-                f"{list(size)}: train without a feature cache, or compose the model with that `input_size`."
+                f"{size}: train without a feature cache, or compose the model with that `input_size`."
             )
         versions = provenance()["versions"]
         self._about = {
@@ -212,13 +212,12 @@ class FeatureCache:
         return features.to("cpu", self.dtype).contiguous()
 
     def _check_origin(self) -> None:
-        file, draft = self.folder / "about.json", self.folder / "about.json.draft"
+        file = self.folder / "about.json"
         about = json.loads(json.dumps(self._about))
         if not file.exists():
-            if strangers := sorted({path.name for path in self.folder.iterdir()} - {"lock", draft.name}):
+            if strangers := sorted({path.name for path in self.folder.iterdir()} - {"lock", "about.json.draft"}):
                 raise ValueError(f"{self.folder} holds something else ({', '.join(strangers[:3])}): name a new folder.")
-            draft.write_text(json.dumps(about, indent=2) + "\n")
-            os.replace(draft, file)
+            write_whole(file, json.dumps(about, indent=2) + "\n")
             return
         if different := differences(json.loads(file.read_text()), about):
             raise ValueError(

@@ -111,7 +111,7 @@ def build(args: LanguageModelArguments, documents: Sequence[str]) -> tuple[PreTr
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
         model = AutoModelForCausalLM.from_config(config)
-        fuse_gelu(model)
+    fuse_gelu(model)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}.")
     return model, tokenizer
