@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from .cpu import prepack_weights
 from .folders import write_whole
 from .generating import default_length, stream_texts
 from .modeling import ImagePromptForConditionalGeneration
@@ -65,6 +66,7 @@ def caption_images(
     processor = ImagePromptProcessor.from_pretrained(folder)
     loaded = ImagePromptForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map="auto")
     processor.check_model(loaded)
+    prepack_weights(loaded, strict=False)
     settings = default_length(loaded, generation)
     captions, errors = len(done), 0
     with output.open("a", encoding="utf-8") as file, tqdm(total=len(images), unit="image", disable=not progress) as bar:

@@ -72,6 +72,7 @@ def generate(
     ] = None,
 ) -> None:
     """Print one line per image: its name, a tab, and what the model says."""
+    from .cpu import prepack_weights
     from .generating import default_length, find_images, generate_texts
     from .modeling import ImagePromptForConditionalGeneration
     from .processing import ImagePromptProcessor
@@ -80,6 +81,7 @@ def generate(
     loaded = ImagePromptForConditionalGeneration.from_pretrained(model, device_map="auto")
     processor = ImagePromptProcessor.from_pretrained(model)
     processor.check_model(loaded)
+    prepack_weights(loaded, strict=False)
     settings = default_length(loaded, _given(max_new_tokens=max_new_tokens, num_beams=num_beams))
     answers = generate_texts(
         loaded,

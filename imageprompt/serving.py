@@ -15,6 +15,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
 from .configuration import ImagePromptConfig
+from .cpu import prepack_weights
 from .modeling import ImagePromptForConditionalGeneration
 
 logger = logging.get_logger(__name__)
@@ -92,6 +93,7 @@ def _build(build_server, model_manager, *handlers, **settings):
     name = model_manager.force_model
     model, processor = model_manager.load_model_and_processor(model_manager.process_model_name(name))
     processor.check_model(model)
+    prepack_weights(model, strict=False)
     # The library would list what lies in the Hub's cache, and fail where there is none.
     model_manager.get_gen_models = lambda: [{"id": name, "object": "model", "created": 0, "owned_by": ""}]
     chat_handler = handlers[0]

@@ -36,10 +36,10 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from imageprompt import ImagePromptCollator, ImagePromptConfig, ImagePromptForConditionalGeneration, compose
+from imageprompt.cpu import multiplies_bf16, prepack_weights
 from imageprompt.data.augmenting import augmentation
 from imageprompt.data.packing import pack
 from imageprompt.generating import stream_texts
-from imageprompt.training.steady import multiplies_bf16
 from imageprompt.training.tokenizing import train_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -270,6 +270,24 @@ class Ours(Contestant):
     def decode(self) -> Callable[[], Any]:
         """The step for one more token of each row."""
         return self._decode_with(DynamicCache(config=self.model.config.text_config))
+
+    def decode_prepacked(self) -> Callable[[], Any]:
+        """As `decode`, with prepacked weights."""
+        return self._prepacked().decode()
+
+    def generate_prepacked(self) -> Callable[[], Any]:
+        """As `generate`, with prepacked weights."""
+        return self._prepacked().generate()
+
+    def questions_one_by_one_prepacked(self) -> Callable[[], torch.Tensor]:
+        return self._prepacked().questions_one_by_one()
+
+    def questions_behind_a_prefix_prepacked(self) -> Callable[[], torch.Tensor]:
+        return self._prepacked().questions_behind_a_prefix()
+
+    def _prepacked(self):
+        prepack_weights(self.to_answer())
+        return self
 
     def decode_static(self) -> Callable[[], Any]:
         """As `decode`, with a cache whose size is fixed beforehand."""

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging
 
 from ..configuration import ImagePromptConfig
+from ..cpu import prepack_weights
 from ..data.rows import BrokenRow, Rows, read_rows
 from ..data.sources import Source
 from ..modeling import ImagePromptForConditionalGeneration
@@ -149,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         restart=args.restart,
     )
     model = ImagePromptForConditionalGeneration.from_pretrained(folder, device_map="auto")
+    prepack_weights(model, strict=False)
     for records in answer_rows(
         task, model, processor, batch_size=args.batch_size, done=predictions.records, progress=True
     ):

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from ..cpu import multiplies_bf16
 from ..provenance import model_digests
 from .checkpoints import find_checkpoint, move_model, whole_or_nothing
 from .curves import read_curves, save_curves
@@ -72,11 +73,6 @@ class SteadyTrainingArguments(TrainingArguments):
     def _require_evaluations(self, name: str) -> None:
         if self.eval_strategy == "no":
             raise ValueError(f"--{name} is about evaluations: say when with --eval_strategy, such as epoch.")
-
-
-def multiplies_bf16() -> bool:
-    """Whether torch has fast matrix products in bfloat16 on this CPU: on x86, from AVX-512 on."""
-    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class SteadyTrainer(Trainer):
