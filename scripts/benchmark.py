@@ -420,10 +420,11 @@ def main(
     sizes = QUICK if quick else LARGE if large else REFERENCE
     chosen = choose(DTYPES, dtypes) if dtypes else dtypes_of_this_machine()
     result = begin(circumstances(sizes), "runs", output)
+    on_gpu = torch.cuda.is_available()  # where weights are not prepacked
     order = [(work, dtype) for work in WORKS for dtype in DTYPES]
     for work in choose(WORKS, works):
         for dtype in chosen:
-            jobs = [Job(name, method, sizes) for name, method in WORKS[work]]
+            jobs = [Job(name, method, sizes) for name, method in WORKS[work] if not on_gpu or "prepacked" not in method]
             runs = [{"work": work} | entry for entry in compare(work, jobs, dtype, repeats, 0 if quick else at_least)]
             for entry in runs if peak_tflops is not None else []:
                 entry["model_flops_utilization"] = entry["flops"] / entry["seconds"]["median"] / 1e12 / peak_tflops

@@ -12,7 +12,7 @@ import torch
 import typer
 from benchmark import WORKS, Job, _forget_peak, _peak, begin, choose, compare, times_of, write
 from benchmark import table as table_of_works
-from contestants import CONTESTANTS, QUICK
+from contestants import CONTESTANTS, QUICK, dtypes_of_this_machine
 from scaling import CURVES, line, throughput
 from scaling import table as table_of_curves
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -35,6 +35,8 @@ def contestant(name, dtype="fp32", sizes=QUICK):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "method"), [pair for work in WORKS.values() for pair in work])
 def test_every_contestant_does_its_work_again_and_again(name, method, dtype):
+    if method.endswith("_prepacked") and dtype not in dtypes_of_this_machine():
+        pytest.skip(f"no instructions for {dtype}")
     model = contestant(name, dtype)
     work = getattr(model, method)()
     work()
@@ -92,7 +94,7 @@ def test_the_loss_of_all_is_of_the_same_tokens():
 
 def test_answers_behind_a_prefix_are_those_without():
     answers = [getattr(contestant("Ours"), method)()() for _, method in WORKS["questions about one image"]]
-    assert len(answers) == 4
+    assert len(answers) == 6
     assert all(found.equal(answers[0]) for found in answers)
     assert len(answers[0]) == QUICK.questions
 
@@ -100,7 +102,7 @@ def test_answers_behind_a_prefix_are_those_without():
 @pytest.mark.parametrize("name", ["Ours", "Gpt2"])
 def test_every_step_behind_a_cache_is_the_same(name):
     seen = []
-    for method in ("decode", "decode_static") if name == "Ours" else ("decode",):
+    for method in ("decode", "decode_prepacked", "decode_static") if name == "Ours" else ("decode",):
         found = contestant(name)
         step = getattr(found, method)()
         found.model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
@@ -124,6 +126,11 @@ def test_the_floor_does_the_matrix_products_of_the_work(method, peer):
         operations = counter.get_flop_counts()["Global"]
         counts.append(sum(operations.get(getattr(torch.ops.aten, name), 0) for name in ("addmm", "mm", "bmm")))
     assert counts[0] == counts[1] > 0
+
+
+def test_products_with_prepacked_weights_are_counted_as_others_are():
+    plain, packed = compare("decode", [Job("Ours", m, QUICK) for m in ("decode", "decode_prepacked")], "fp32", 1, 0)
+    assert plain["flops"] == packed["flops"] > 0
 
 
 @pytest.mark.parametrize("other", ["train_all_logits", "train_gelu_in_eight", "train_compiled"])
