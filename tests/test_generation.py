@@ -609,6 +609,7 @@ def test_the_blocks_of_the_generation_page_run(pair, tmp_path, monkeypatch):
     namespace = {"model": model, "processor": processor}
     for block in blocks:
         exec(compile(block, "generation.md", "exec"), namespace)
+    assert namespace["same"]
     assert namespace["chosen"] in namespace["answers"]
     assert namespace["answer"] in namespace["answers"]
 
