@@ -79,7 +79,7 @@ WORKS: dict[str, list[tuple[str, str]]] = {
         ("OursPooled", "generate_static"),
         ("OursPooled", "generate_compiled"),
     ],
-    "decode a token": [(name, "decode") for name in ("Ours", "Gpt2", "Gemms", "OursPooled")]
+    "decode a token": [(name, "decode") for name in ("Ours", "Gpt2", "Gemms", "Bandwidth", "OursPooled")]
     + [("Ours", "decode_prepacked"), ("OursPooled", "decode_prepacked"), ("Ours", "decode_static")],
     "questions about one image": [
         ("Ours", "questions_together_behind_a_prefix"),
@@ -359,6 +359,11 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def is_for_this_machine(method: str) -> bool:
+    """Weights are prepacked on CPUs only."""
+    return not (torch.cuda.is_available() and method.endswith("_prepacked"))
+
+
 def choose(names: Iterable[str], parts: str) -> list[str]:
     """The names that hold one of these parts, with commas between; all, if there are none."""
     names = list(names)
@@ -420,11 +425,10 @@ def main(
     sizes = QUICK if quick else LARGE if large else REFERENCE
     chosen = choose(DTYPES, dtypes) if dtypes else dtypes_of_this_machine()
     result = begin(circumstances(sizes), "runs", output)
-    on_gpu = torch.cuda.is_available()  # where weights are not prepacked
     order = [(work, dtype) for work in WORKS for dtype in DTYPES]
     for work in choose(WORKS, works):
         for dtype in chosen:
-            jobs = [Job(name, method, sizes) for name, method in WORKS[work] if not on_gpu or "prepacked" not in method]
+            jobs = [Job(name, method, sizes) for name, method in WORKS[work] if is_for_this_machine(method)]
             runs = [{"work": work} | entry for entry in compare(work, jobs, dtype, repeats, 0 if quick else at_least)]
             for entry in runs if peak_tflops is not None else []:
                 entry["model_flops_utilization"] = entry["flops"] / entry["seconds"]["median"] / 1e12 / peak_tflops

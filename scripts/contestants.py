@@ -295,10 +295,14 @@ class Ours(Contestant):
         return self._decode_with(StaticCache(config=self.model.config.text_config, max_cache_len=most))
 
     def _decode_with(self, cache: DynamicCache | StaticCache) -> Callable[[], Any]:
+        return _decoding(self.model, cache, self._fill(cache)["attention_mask"])
+
+    def _fill(self, cache: DynamicCache | StaticCache) -> dict[str, torch.Tensor]:
+        """Let the model read all rows, whose inputs are returned."""
         model, inputs = self.to_answer(), self.inputs(self.text)
         with torch.inference_mode():
             model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return _decoding(model, cache, inputs["attention_mask"])
+        return inputs
 
 
 class OursPooled(Ours):
@@ -511,8 +515,26 @@ class Gpt2(Contestant):
         return _decoding(model, cache, torch.ones_like(ids))
 
 
+class Bandwidth(Ours):
+    """The floor of memory: what a step reads is read, and nothing is computed of it but sums."""
+
+    def decode(self):
+        cache = DynamicCache(config=self.model.config.text_config)
+        self._fill(cache)
+        read = [*self.model.model.language_model.parameters()]  # the head's weight is that of the token embeddings
+        for layer in cache.layers:
+            read += [layer.keys, layer.values]
+
+        @torch.inference_mode()
+        def step() -> None:
+            for tensor in read:
+                tensor.sum()
+
+        return step
+
+
 class Gemms(Ours):
-    """The floor: the matrix products of a work alone, one behind the other, with the model's own weights."""
+    """The floor of arithmetic: a work's matrix products alone, one behind the other, with the model's own weights."""
 
     def train(self):
         return _products(super().train(), self.model)
@@ -575,5 +597,5 @@ def _decoding(model: torch.nn.Module, cache: Any, mask: torch.Tensor) -> Callabl
     return step
 
 
-KINDS = (Ours, OursPooled, OursLongText, OursSmallText, Llava, EncoderDecoder, Loop, Gpt2, Gemms)
+KINDS = (Ours, OursPooled, OursLongText, OursSmallText, Llava, EncoderDecoder, Loop, Gpt2, Bandwidth, Gemms)
 CONTESTANTS = {kind.__name__: kind for kind in KINDS}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from benchmark import Job, begin, choose, circumstances, compare, put_in_place, write
+from benchmark import Job, begin, choose, circumstances, compare, is_for_this_machine, put_in_place, write
 from contestants import QUICK, REFERENCE, dtypes_of_this_machine
 
 
@@ -27,11 +27,16 @@ class Curve:
     series: tuple[tuple[str, str], ...]
 
 
-_GENERATE = (("OursPooled", "generate"), ("Llava", "generate"), ("EncoderDecoder", "generate"))
+_GENERATE = (
+    ("OursPooled", "generate"),
+    ("OursPooled", "generate_prepacked"),
+    ("Llava", "generate"),
+    ("EncoderDecoder", "generate"),
+)
 _TRAIN_AND_GENERATE = (("Ours", "train"), ("Ours", "generate"))
 CURVES = {
     "rows that are learnt at once": Curve("batch", (1, 2, 4, 8), (("OursPooled", "train"),)),
-    "images that are captioned at once": Curve("batch", (1, 4, 16, 64), _GENERATE),
+    "images that are captioned at once": Curve("batch", (1, 4, 16, 32), _GENERATE),
     "tokens of an image": Curve("image_tokens", (1, 4, 49, 196), _TRAIN_AND_GENERATE),
     "tokens of a text": Curve("text_tokens", (8, 32, 128), (("OursPooled", "train"),)),
     "new tokens": Curve("new_tokens", (8, 16, 32, 64), (("OursPooled", "generate"),)),
@@ -78,7 +83,8 @@ def throughput(curves: list[dict[str, Any]]) -> str:
     lines.append(f"|{' --- |' * (len(batches) + 2)}")
     for curve in chosen:
         rates = [n / point["seconds"]["median"] for n, point in zip(batches, curve["points"], strict=True)]
-        lines.append(f"| {curve['contestant']} | {' | '.join(f'{rate:.2f}' for rate in [*rates, max(rates)])} |")
+        who = f"{curve['contestant']}: {curve['method']}"
+        lines.append(f"| {who} | {' | '.join(f'{rate:.2f}' for rate in [*rates, max(rates)])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -114,7 +120,7 @@ def main(
     for name in choose(CURVES, curves):
         curve, found = CURVES[name], []
         values = (1, 4, 16) if quick else curve.values
-        for contestant, method in curve.series:
+        for contestant, method in filter(lambda pair: is_for_this_machine(pair[1]), curve.series):
             jobs = [Job(contestant, method, replace(sizes, **{curve.size: value})) for value in values]
             points = compare(f"{name}: {contestant}, {method}", jobs, dtype, repeats, 0 if quick else at_least)
             found.append(

@@ -88,6 +88,7 @@ COMMANDS_TRIED = [
     ["python", "scripts/benchmark_preprocessing.py"],
     ["python", "scripts/compare_captioners.py"],
     ["python", "scripts/measure_compression.py"],
+    ["python", "scripts/scaling.py"],
     ["python", "scripts/sweep_backbones.py"],
     ["python", "scripts/sweep_language_models.py"],
     ["python", "scripts/sweep_preprocessing.py"],

@@ -5,17 +5,32 @@ from pathlib import Path
 
 import benchmark
 import pytest
+import scaling
 from contestants import DTYPES, REFERENCE
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "speed.md").read_text()
 FOUND = json.loads((DOCS / "speed" / "benchmark.json").read_text())
 RUNS = FOUND["runs"]
+SCALING = json.loads((DOCS / "speed" / "scaling.json").read_text())
 
 
 @pytest.mark.parametrize("make", [benchmark.table, benchmark.operations_table, benchmark.goals_table])
 def test_tables_are_what_was_measured(make):
     assert make(RUNS) in PAGE
+
+
+@pytest.mark.parametrize("make", [scaling.table, scaling.throughput])
+def test_what_one_more_costs_is_what_was_measured(make):
+    assert make(SCALING["curves"]) in PAGE
+
+
+def test_every_point_of_every_curve_was_measured():
+    found = [(c["name"], c["size"], c["values"], (c["contestant"], c["method"])) for c in SCALING["curves"]]
+    curves = scaling.CURVES.items()
+    assert found == [(n, c.size, [*c.values], series) for n, c in curves for series in c.series]
+    assert SCALING["sizes"] == vars(REFERENCE)
+    assert all(SCALING[name] == FOUND[name] for name in ("device", "threads", "versions"))
 
 
 def test_every_contestant_of_a_work_was_measured_at_the_sizes_of_reference():
