@@ -1,9 +1,9 @@
 """What torch can do on this CPU: bfloat16, and weights laid out beforehand for its faster matrix products.
 
-In decoding, a matrix product has a row for each text and does little but read its weight. torch's default library on
-x86, MKL, reads it far slower then than memory allows. oneDNN, which torch brings along, does not where the weight lies
-in the order in which its kernels read it ("prepacked"). torch itself packs weights so for mobile and in its compiler;
-here it is done to a language model in place, for inference.
+In decoding, a matrix product has a row for each text and does little but read its weight. torch's usual library on x86,
+MKL, can read it several times slower than memory allows. oneDNN, which torch brings along, does not where the weight
+lies in the order in which its kernels read it ("prepacked"). torch's compiler packs weights so, where it is told to
+freeze them; here it is done in place, for a language model that only answers.
 """
 
 from collections.abc import Callable
@@ -78,11 +78,12 @@ def prepack_weights(model: PreTrainedModel, *, strict: bool = True) -> None:
         if strict:
             raise ValueError(f"{obstacle}: leave `prepack_weights` out.")
         return
-    text_layers = {model.get_output_embeddings(), *model.base_model.language_model.modules()}
-    for name, layer in list(model.named_modules()):
-        if layer in text_layers and type(layer) in (nn.Linear, Conv1D):
-            weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
-            model.set_submodule(name, PrepackedLinear(weight, layer.bias))
+    text = {id(layer) for layer in (model.get_output_embeddings(), *model.base_model.language_model.modules())}
+    names = [name for name, layer in model.named_modules() if id(layer) in text and type(layer) in (nn.Linear, Conv1D)]
+    for name in names:  # one by one, so that no more than one weight is there twice
+        layer = model.get_submodule(name)
+        weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+        model.set_submodule(name, PrepackedLinear(weight, layer.bias))
 
 
 def _obstacle(model: PreTrainedModel) -> str:
