@@ -1,9 +1,9 @@
 """What torch can do on this CPU: bfloat16, and weights laid out beforehand for its faster matrix products.
 
-In decoding, a matrix product has a row for each text and does little but read its weight. torch's usual library on x86,
-MKL, can read it several times slower than memory allows. oneDNN, which torch brings along, does not where the weight
-lies in the order in which its kernels read it ("prepacked"). torch's compiler packs weights so, where it is told to
-freeze them; here it is done in place, for a language model that only answers.
+In decoding, a matrix product has a row for each text and does little but read its weight. MKL, which torch takes for
+float32 on x86, can read it several times slower than memory allows. oneDNN, which torch brings along, does not where
+the weight lies in the order in which its kernels read it ("prepacked"). Here this is done in place, for a GPT-2 that
+only answers.
 """
 
 from collections.abc import Callable
@@ -32,25 +32,28 @@ class PrepackedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        # Orientation and layout are not those of other layers' `weight`, which some code reads: hence another name.
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         self.bias = bias
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(…, inputs) to (…, outputs), in the weight's dtype also under autocast."""
-        hidden_states = hidden_states.to(self.weight.dtype)
-        outputs = torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, self.bias, "none", [], "")
+        hidden_states = hidden_states.to(self.packed.dtype)
+        outputs = torch.ops.mkldnn._linear_pointwise(hidden_states, self.packed, self.bias, "none", [], "")
         if outputs.requires_grad:
             outputs.register_hook(_refuse_gradient)  # torch would pass on none, with a warning
         return outputs
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("Prepacked weights cannot be saved: save the model before `prepack_weights`.")
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("Prepacked weights cannot be saved or copied: do so before `prepack_weights`.")
+
+    __reduce_ex__ = _save_to_state_dict  # which `copy.deepcopy` and pickle call
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PrepackedLinear":
-        probe = fn(torch.empty(0, dtype=self.weight.dtype))
-        if (probe.device.type, probe.dtype) != ("cpu", self.weight.dtype):
+        probe = fn(torch.empty(0, dtype=self.packed.dtype))
+        if (probe.device.type, probe.dtype) != ("cpu", self.packed.dtype):
             raise RuntimeError(
-                f"Prepacked weights stay on the CPU and in {self.weight.dtype}: load the model anew for "
+                f"Prepacked weights stay on the CPU and in {self.packed.dtype}: load the model anew for "
                 f"{probe.dtype} on {probe.device}, and call `prepack_weights` last."
             )
         return super()._apply(fn, recurse)
@@ -61,14 +64,15 @@ def _refuse_gradient(gradient: torch.Tensor) -> None:
 
 
 def prepack_weights(model: PreTrainedModel, *, strict: bool = True) -> None:
-    """Lay out a language model's weights, in place, for faster generation on a CPU.
+    """Lay out the weights of GPT-2's layers and of the head, in place, for faster generation on a CPU.
 
-    Outputs stay the same but for rounding. The model cannot be trained, saved, moved, cast or compiled with
+    Outputs stay the same but for rounding. The model cannot be trained, saved, copied, moved, cast or compiled with
     `torch.compile` afterwards. A head that shares its weight with the token embeddings gets its own: for GPT-2, 154 MB
     more.
 
     Args:
-        model: an imageprompt model on the CPU, in float32, or in bfloat16 where the CPU multiplies it.
+        model: an imageprompt model on the CPU, in float32, or in bfloat16 where the CPU multiplies it. Of another
+            language model than GPT-2 the head alone is prepacked.
         strict: `False` leaves a model as it is where this cannot be done, as on a GPU.
 
     Raises:
@@ -78,9 +82,10 @@ def prepack_weights(model: PreTrainedModel, *, strict: bool = True) -> None:
         if strict:
             raise ValueError(f"{obstacle}: leave `prepack_weights` out.")
         return
-    text = {id(layer) for layer in (model.get_output_embeddings(), *model.base_model.language_model.modules())}
-    names = [name for name, layer in model.named_modules() if id(layer) in text and type(layer) in (nn.Linear, Conv1D)]
-    for name in names:  # one by one, so that no more than one weight is there twice
+    head = model.get_output_embeddings()
+    layers = model.named_modules()
+    names = [name for name, part in layers if type(part) is Conv1D or (part is head and type(part) is nn.Linear)]
+    for name in names:  # one by one, so that no more than one weight at a time has copies
         layer = model.get_submodule(name)
         weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
         model.set_submodule(name, PrepackedLinear(weight, layer.bias))
@@ -91,8 +96,10 @@ def _obstacle(model: PreTrainedModel) -> str:
     devices, dtypes = ({getattr(p, name) for p in model.parameters()} for name in ("device", "dtype"))
     if elsewhere := sorted({device.type for device in devices} - {"cpu"}):
         return f"Prepacked weights are for CPUs, and this model is on {', '.join(elsewhere)}"
-    if not torch.backends.mkldnn.is_available():
-        return "This torch was built without oneDNN, whose order prepacked weights have"
+    if not (torch.backends.mkldnn.is_available() and (torch._C.has_mkl or torch.ops.mkldnn._is_mkldnn_acl_supported())):
+        return "This torch was built without oneDNN's fast kernels, which prepacked weights are for"
+    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+        return "This model has adapters, which read the weights of its layers; merge them first"
     if any(is_quantized(parameter) for parameter in model.parameters()):
         return "This model's weights are quantised, and have an order of their own"
     if others := sorted(map(str, dtypes - {torch.float32, torch.bfloat16})):

@@ -534,7 +534,7 @@ class Bandwidth(Ours):
 
 
 class Gemms(Ours):
-    """The floor of arithmetic: a work's matrix products alone, one behind the other, with the model's own weights."""
+    """The usual floor: a work's matrix products alone, one behind the other, with the model's own weights."""
 
     def train(self):
         return _products(super().train(), self.model)

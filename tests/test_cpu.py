@@ -1,8 +1,12 @@
 """Prepacked weights give the same answers, and refuse what cannot be done with them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import batch_inputs, lively, max_difference, picture, tiny, tiny_gpt2
+from peft import LoraConfig
 from torch import nn
 from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
@@ -103,8 +107,9 @@ def test_what_cannot_be_done_afterwards_is_refused(tokenizer, tmp_path):
     model, processor = lively(tokenizer)
     inputs = batch_inputs(processor, ROWS)
     prepack_weights(model)
-    with pytest.raises(RuntimeError, match="cannot be saved: save the model before `prepack_weights`"):
-        model.save_pretrained(tmp_path)
+    for spread in (lambda: model.save_pretrained(tmp_path), lambda: copy.deepcopy(model), lambda: pickle.dumps(model)):
+        with pytest.raises(RuntimeError, match="cannot be saved or copied: do so before `prepack_weights`"):
+            spread()
     layer = model.model.language_model.h[0].attn.c_attn
     with pytest.raises(RuntimeError, match=r"stay on the CPU and in torch.float32: load the model anew for torch.f"):
         layer.to(torch.float16)
@@ -121,6 +126,10 @@ def test_what_cannot_be_done_afterwards_is_refused(tokenizer, tmp_path):
         (lambda model, patch: model.double(), "this model is in torch.float64"),
         (lambda model, patch: model.half(), "this model is in torch.float16"),
         (lambda model, patch: model.to("meta"), "for CPUs, and this model is on meta"),
+        (
+            lambda model, patch: model.add_adapter(LoraConfig(target_modules=["c_attn"])),
+            "has adapters.*merge them first",
+        ),
         (lambda model, patch: patch.setattr(cpu, "is_quantized", lambda parameter: True), "are quantised"),
         (
             lambda model, patch: (model.bfloat16(), patch.setattr(cpu, "multiplies_bf16", lambda: False)),
@@ -128,7 +137,7 @@ def test_what_cannot_be_done_afterwards_is_refused(tokenizer, tmp_path):
         ),
         (lambda model, patch: patch.setattr(torch.backends.mkldnn, "is_available", lambda: False), "without oneDNN"),
     ],
-    ids=["float64", "float16", "elsewhere", "quantised", "bfloat16", "no oneDNN"],
+    ids=["float64", "float16", "elsewhere", "adapters", "quantised", "bfloat16", "no oneDNN"],
 )
 def test_where_it_cannot_be_done_the_model_stays_as_it_was(model, monkeypatch, change, message):
     change(model, monkeypatch)
@@ -149,7 +158,8 @@ def test_bfloat16_is_within_its_rounding(tokenizer):
     assert max_difference(model(**inputs).logits, expected) <= 2**-5 * expected.abs().max().item()
 
 
-def test_commands_that_answer_do_it(tokenizer, tmp_path, monkeypatch):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="commands take the GPU")
+def test_generate_and_caption_do_it(tokenizer, tmp_path, monkeypatch):
     for part in lively(tokenizer):
         part.save_pretrained(tmp_path / "model")
     picture(0).save(tmp_path / "0.png")

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from conftest import max_difference, picture, tiny, tiny_gpt2
+from fastapi import FastAPI
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, LlamaConfig
 from transformers.cli.serving import server as library_server
@@ -38,7 +39,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 
 from imageprompt import ImagePromptConfig, ImagePromptForConditionalGeneration
 from imageprompt.cli import main
-from imageprompt.serving import serve
+from imageprompt.cpu import PrepackedLinear
+from imageprompt.serving import _build, serve
 
 PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
 SHELL, PYTHON = (
@@ -254,6 +256,15 @@ def test_answers_are_greedy_unless_the_generation_config_samples(client, served)
     torch.manual_seed(7)
     wanted, _ = expected(served, 0, "A", do_sample=True, temperature=2.0)
     assert answer(ask(client, 0, "A", **sampled)) == wanted != text
+
+
+def test_on_a_cpu_weights_are_prepacked(tokenizer):
+    parts = tiny(tokenizer)
+    manager = SimpleNamespace(
+        force_model=NAME, process_model_name=str, load_model_and_processor=lambda name: parts, get_gen_models=None
+    )
+    _build(lambda *handlers: FastAPI(), manager, SimpleNamespace(handle_request=None))
+    assert isinstance(parts[0].lm_head, PrepackedLinear)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import make_photos, picture, tiny
 from datasets import ClassLabel, Dataset, Image, load_dataset
 from transformers import set_seed
 
+from imageprompt.cpu import PrepackedLinear
 from imageprompt.evaluation import caption_scores, tasks
 from imageprompt.evaluation.evaluate import best_constant, main
 
@@ -163,6 +165,16 @@ def test_rows_that_the_model_has_learnt_are_warned_of(evaluate, folder, tmp_path
 
     assert not warns("train[80%:]")
     assert warns("train[70%:]")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the command takes the GPU")
+def test_answers_come_from_prepacked_weights(evaluate, monkeypatch):
+    rows, forward = [], PrepackedLinear.forward
+    monkeypatch.setattr(
+        PrepackedLinear, "forward", lambda self, states: rows.append(len(states)) or forward(self, states)
+    )
+    evaluate()
+    assert rows
 
 
 def test_each_task_has_its_scores(evaluate):
