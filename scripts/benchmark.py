@@ -85,6 +85,8 @@ WORKS: dict[str, list[tuple[str, str]]] = {
         ("Ours", "questions_together"),
         ("Ours", "questions_behind_a_prefix"),
         ("Ours", "questions_one_by_one"),
+        ("Ours", "questions_together_behind_a_prefix_prepacked"),
+        ("Ours", "questions_together_prepacked"),
         ("Ours", "questions_behind_a_prefix_prepacked"),
         ("Ours", "questions_one_by_one_prepacked"),
     ],
@@ -126,14 +128,20 @@ GOALS = [
     ),
     Goal("decode a token", ("Ours", "decode"), (("Gemms", "decode"),), _both(1 / 1.25)),
     Goal("decode a token", ("OursPooled", "decode"), (("Gemms", "decode"),), _both(1 / 1.25)),
-    Goal(_QUESTIONS, ("Ours", "questions_behind_a_prefix"), (("Ours", "questions_one_by_one"),), _both(5)),
-    Goal(
-        _QUESTIONS,
-        ("Ours", "questions_behind_a_prefix_prepacked"),
-        (("Ours", "questions_one_by_one_prepacked"),),
-        _both(5),
+    *(
+        Goal(
+            _QUESTIONS,
+            ("Ours", f"questions_{behind}{prepacked}"),
+            (("Ours", f"questions_{than}{prepacked}"),),
+            _both(5),
+        )
+        for behind, than in (
+            ("together_behind_a_prefix", "one_by_one"),
+            ("together_behind_a_prefix", "together"),
+            ("behind_a_prefix", "one_by_one"),
+        )
+        for prepacked in ("", "_prepacked")
     ),
-    Goal(_QUESTIONS, ("Ours", "questions_together_behind_a_prefix"), (("Ours", "questions_together"),), _both(5)),
     Goal("train, a frozen tower", ("OursPooled", "train_frozen"), (("EncoderDecoder", "train"),), _both(1.5), memory=1),
     Goal(
         "train, a frozen tower",
@@ -240,25 +248,29 @@ def compare(title: str, jobs: list[Job], dtype: str, repeats: int, at_least: flo
     contests = []
     for job in jobs:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, job, dtype, device, threads), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, job, dtype, device, threads))  # may start some itself
         process.start()
         theirs.close()
         contests.append((job, ours, process))
-    flops = [_receive(pipe, job) for job, pipe, _ in contests]  # once all are ready
-    seconds: list[list[float]] = [[] for _ in contests]
-    peaks = [0] * len(contests)
-    turns, begun = tqdm(desc=f"{title}, {dtype}"), time.perf_counter()
-    while len(seconds[0]) < repeats or time.perf_counter() - begun < at_least:
-        for number, (job, pipe, _) in enumerate(contests):
-            pipe.send(True)
-            taken, peaks[number] = _receive(pipe, job)
-            seconds[number].append(taken)
-        turns.update()
-    operations = []
-    for job, pipe, process in contests:
-        pipe.send(False)
-        operations.append(_receive(pipe, job))
-        process.join()
+    try:
+        flops = [_receive(pipe, job) for job, pipe, _ in contests]  # once all are ready
+        seconds: list[list[float]] = [[] for _ in contests]
+        peaks = [0] * len(contests)
+        turns, begun = tqdm(desc=f"{title}, {dtype}"), time.perf_counter()
+        while len(seconds[0]) < repeats or time.perf_counter() - begun < at_least:
+            for number, (job, pipe, _) in enumerate(contests):
+                pipe.send(True)
+                taken, peaks[number] = _receive(pipe, job)
+                seconds[number].append(taken)
+            turns.update()
+        operations = []
+        for job, pipe, process in contests:
+            pipe.send(False)
+            operations.append(_receive(pipe, job))
+            process.join()
+    finally:
+        for _, _, process in contests:
+            process.terminate()  # where another could not go on
     return [
         {
             "contestant": job.contestant,

@@ -279,6 +279,12 @@ class Ours(Contestant):
         """As `generate`, with prepacked weights."""
         return self._prepacked().generate()
 
+    def questions_together_prepacked(self) -> Callable[[], torch.Tensor]:
+        return self._prepacked().questions_together()
+
+    def questions_together_behind_a_prefix_prepacked(self) -> Callable[[], torch.Tensor]:
+        return self._prepacked().questions_together_behind_a_prefix()
+
     def questions_one_by_one_prepacked(self) -> Callable[[], torch.Tensor]:
         return self._prepacked().questions_one_by_one()
 

@@ -1,6 +1,7 @@
 """The benchmark compares the same work: contestants run, have the same sizes, and answer alike where they should."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -96,7 +97,7 @@ def test_the_loss_of_all_is_of_the_same_tokens():
 
 def test_answers_behind_a_prefix_are_those_without():
     answers = [getattr(contestant("Ours"), method)()() for _, method in WORKS["questions about one image"]]
-    assert len(answers) == 6
+    assert len(answers) == 8
     assert all(found.equal(answers[0]) for found in answers)
     assert len(answers[0]) == QUICK.questions
 
@@ -234,6 +235,14 @@ def test_a_file_is_gone_on_with_in_the_same_circumstances_only(tmp_path):
     for wanted, name, message in (({"device": "GPU"}, "runs", "device 'CPU' instead of 'GPU'"), (here, "curves", "no")):
         with pytest.raises(typer.BadParameter, match=f"was measured with {message}.*: name another file"):
             begin(wanted, name, file)
+
+
+def test_a_contestant_may_start_processes_and_none_outlives_a_failure():
+    (found,) = compare("photos", [Job("OursPooled", "caption_files", QUICK)], "fp32", 1, 0)
+    assert found["flops"] > 0
+    with pytest.raises(RuntimeError, match="Loop: train has ended"):
+        compare("training", [Job("Ours", "train", QUICK), Job("Loop", "train", QUICK)], "fp32", 1, 0)
+    assert not [process for process in multiprocessing.active_children() if process.join(30) or process.is_alive()]
 
 
 def test_a_name_that_there_is_not_is_refused():
