@@ -98,12 +98,13 @@ def _captions_of(output: Path, about: dict[str, Any]) -> set[str]:
     # What stands behind the last line's end was being written when the run was stopped.
     lines = output.read_text(encoding="utf-8").split("\n")[:-1]
     try:
-        records = [record for record in map(json.loads, lines) if "caption" in record]
-    except ValueError as error:
-        raise ValueError(f"{output} has a line that is no JSON ({error}): mend it, or delete the file.") from error
+        records = [record for record in (dict(json.loads(line)) for line in lines) if "caption" in record]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{output} has a line that is no JSON object ({error}): mend it, or delete it.") from error
     write_whole(output, "".join(map(_line, records)))
     return {record["image"] for record in records}
 
 
 def _line(record: dict[str, str]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    # A file's name need not be UTF-8: Python has other bytes as surrogates, which JSON writes as "\udce9".
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"

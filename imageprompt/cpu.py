@@ -36,6 +36,7 @@ class PrepackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         self.bias = bias
 
+    @torch.compiler.disable  # which knows no layout of oneDNN's
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(…, inputs) to (…, outputs), in the weight's dtype also under autocast."""
         hidden_states = hidden_states.to(self.packed.dtype)
@@ -66,9 +67,9 @@ def _refuse_gradient(gradient: torch.Tensor) -> None:
 def prepack_weights(model: PreTrainedModel, *, strict: bool = True) -> None:
     """Lay out the weights of GPT-2's layers and of the head, in place, for faster generation on a CPU.
 
-    Outputs stay the same but for rounding. The model cannot be trained, saved, copied, moved, cast or compiled with
-    `torch.compile` afterwards. A head that shares its weight with the token embeddings gets its own: for GPT-2, 154 MB
-    more.
+    Outputs stay the same but for rounding. The model cannot be trained, saved, copied, moved or cast afterwards, and
+    `torch.compile` leaves these layers as they are. A head that shares its weight with the token embeddings gets its
+    own: for GPT-2, 154 MB more.
 
     Args:
         model: an imageprompt model on the CPU, in float32, or in bfloat16 where the CPU multiplies it. Of another

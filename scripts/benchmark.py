@@ -50,6 +50,7 @@ WORKS: dict[str, list[tuple[str, str]]] = {
     "train, a quarter of the tokens": [
         ("OursPooled", "train"),
         ("EncoderDecoder", "train"),
+        ("GemmsPooled", "train"),
         ("OursPooled", "train_compiled"),
     ],
     "train, a frozen tower": [
@@ -66,8 +67,16 @@ WORKS: dict[str, list[tuple[str, str]]] = {
         ("OursSmallText", "train_frozen"),
         ("OursSmallText", "train_frozen_from_features"),
     ],
-    "train, texts of unlike length": [("OursLongText", "train_padded"), ("OursLongText", "train_packed")],
-    "a training batch, and its making from files": [("OursPooled", "train"), ("OursPooled", "load_photos")],
+    "train, texts of unlike length": [
+        ("OursLongText", "train_padded"),
+        ("OursLongText", "train_grouped"),
+        ("OursLongText", "train_packed"),
+    ],
+    "a training batch, and its making from files": [
+        ("OursPooled", "train"),
+        ("OursPooled", "load_photos"),
+        ("OursPooled", "load_features"),
+    ],
     "generate": [
         ("OursPooled", "generate"),
         ("Ours", "generate"),
@@ -75,11 +84,13 @@ WORKS: dict[str, list[tuple[str, str]]] = {
         ("EncoderDecoder", "generate"),
         ("Loop", "generate"),
         ("OursPooled", "generate_prepacked"),
+        ("Ours", "generate_prepacked"),
         ("OursPooled", "generate_static"),
         ("OursPooled", "generate_compiled"),
     ],
     "decode a token": [(name, "decode") for name in ("Ours", "Gpt2", "Gemms", "Bandwidth", "OursPooled")]
-    + [("Ours", "decode_prepacked"), ("OursPooled", "decode_prepacked"), ("Ours", "decode_static")],
+    + [("Ours", "decode_prepacked"), ("OursPooled", "decode_prepacked")]
+    + [("Ours", "decode_static"), ("Ours", "decode_static_prepacked")],
     "questions about one image": [
         ("Ours", "questions_together_behind_a_prefix"),
         ("Ours", "questions_together"),
@@ -112,10 +123,24 @@ def _both(times: float) -> dict[str, float]:
 _QUESTIONS = "questions about one image"
 _CONNECTOR = "train, the connector alone"
 _LARGE_TOWER = "train, a frozen tower larger than the text"
+_FROZEN = "train, a frozen tower"
+_FILES = "a training batch, and its making from files"
 GOALS = [
     Goal("train, all image tokens", ("Ours", "train"), (("Llava", "train"),), _both(1.5), memory=0.75),
     Goal(
         "train, a quarter of the tokens", ("OursPooled", "train"), (("EncoderDecoder", "train"),), _both(1.5), memory=1
+    ),
+    *(
+        Goal(_FROZEN, ("OursPooled", who), (("EncoderDecoder", than),), _both(1.5), memory=1)
+        for than in ("train", "train_frozen")
+        for who in ("train_frozen", "train_frozen_from_features")
+    ),
+    Goal(_FROZEN, ("OursPooled", "train_frozen_from_features"), (("OursPooled", "train_frozen"),), _both(5)),
+    Goal(_CONNECTOR, ("OursPooled", "train_connector_from_features"), (("OursPooled", "train_connector"),), _both(5)),
+    Goal(_LARGE_TOWER, ("OursSmallText", "train_frozen_from_features"), (("OursSmallText", "train_frozen"),), _both(5)),
+    *(
+        Goal(_FILES, ("OursPooled", method), (("OursPooled", "train"),), _both(1))
+        for method in ("load_photos", "load_features")
     ),
     *(
         Goal(
@@ -126,8 +151,15 @@ GOALS = [
         )
         for method in ("generate", "generate_prepacked")
     ),
-    Goal("decode a token", ("Ours", "decode"), (("Gemms", "decode"),), _both(1 / 1.25)),
-    Goal("decode a token", ("OursPooled", "decode"), (("Gemms", "decode"),), _both(1 / 1.25)),
+    *(
+        Goal("generate", ("Ours", method), (("Llava", "generate"),), {"fp32": 1.5, "bf16": 2})
+        for method in ("generate", "generate_prepacked")
+    ),
+    *(
+        Goal("decode a token", (name, method), (("Gemms", "decode"),), _both(1 / 1.25))
+        for name in ("Ours", "OursPooled")
+        for method in ("decode", "decode_prepacked")
+    ),
     *(
         Goal(
             _QUESTIONS,
@@ -141,28 +173,6 @@ GOALS = [
             ("behind_a_prefix", "one_by_one"),
         )
         for prepacked in ("", "_prepacked")
-    ),
-    Goal("train, a frozen tower", ("OursPooled", "train_frozen"), (("EncoderDecoder", "train"),), _both(1.5), memory=1),
-    Goal(
-        "train, a frozen tower",
-        ("OursPooled", "train_frozen_from_features"),
-        (("EncoderDecoder", "train"),),
-        _both(1.5),
-        memory=1,
-    ),
-    Goal(
-        "train, a frozen tower",
-        ("OursPooled", "train_frozen_from_features"),
-        (("OursPooled", "train_frozen"),),
-        _both(5),
-    ),
-    Goal(_CONNECTOR, ("OursPooled", "train_connector_from_features"), (("OursPooled", "train_connector"),), _both(5)),
-    Goal(_LARGE_TOWER, ("OursSmallText", "train_frozen_from_features"), (("OursSmallText", "train_frozen"),), _both(5)),
-    Goal(
-        "a training batch, and its making from files",
-        ("OursPooled", "load_photos"),
-        (("OursPooled", "train"),),
-        _both(1),
     ),
     Goal(
         "cold start",
@@ -193,11 +203,16 @@ def _serve(pipe: Any, job: Job, dtype: str, device: str, threads: int) -> None:
     _forget_peak(device)  # building takes more than some works
     pipe.send(counter.get_total_flops())  # only now may others be timed
     while pipe.recv():
+        if device == "cuda":
+            work()  # takes the memory that the others' turns were left
+            torch.cuda.synchronize()
         started = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
         pipe.send((time.perf_counter() - started, _peak(device)))
+        if device == "cuda":
+            torch.cuda.empty_cache()
     pipe.send(_operations(work, device))
 
 
@@ -297,22 +312,32 @@ def _receive(pipe: Any, job: Job) -> Any:
 
 def times_of(some: list[float], others: list[float]) -> float:
     """The median ratio of the seconds of each turn."""
-    return statistics.median(one / other for one, other in zip(some, others, strict=True))
+    return statistics.median(ratios_of(some, others))
+
+
+def ratios_of(some: list[float], others: list[float]) -> list[float]:
+    """The ratio of the seconds of each turn."""
+    return [one / other for one, other in zip(some, others, strict=True)]
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each contestant of each work; no memory of one that works in another process."""
+    """Markdown: a row for each contestant of each work; no memory of one that works in another process.
+
+    Behind the TFLOP/s stands their share of the device's peak, where that was given.
+    """
     lines = [
         "| work | dtype | contestant | seconds (lowest to highest) | times the first | peak GB | TFLOP/s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry in results:
         seconds, outside = entry["seconds"], entry["method"] == "cold_start"
+        utilization = entry.get("model_flops_utilization")
+        share = "" if utilization is None else f" ({utilization:.1%})"
         lines.append(
             f"| {entry['work']} | {entry['dtype']} | {entry['contestant']}: {entry['method']} "
             f"| {seconds['median']:.3g} ({seconds['lowest']:.3g} to {seconds['highest']:.3g}) "
             f"| {entry['times_the_first']:.2f} | {'' if outside else format(entry['peak_bytes'] / 1e9, '.1f')} "
-            f"| {entry['flops'] / seconds['median'] / 1e12:.3g} |"
+            f"| {entry['flops'] / seconds['median'] / 1e12:.3g}{share} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -332,7 +357,7 @@ def goals_table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row for each goal and dtype that was measured."""
     found = {(entry["work"], entry["contestant"], entry["method"], entry["dtype"]): entry for entry in results}
     lines = [
-        "| work | who | than | dtype | times as fast | goal | times the memory | goal |",
+        "| work | who | than | dtype | times as fast (lowest to highest) | goal | times the memory | goal |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for goal in GOALS:
@@ -342,12 +367,13 @@ def goals_table(results: list[dict[str, Any]]) -> str:
             if who is None or not others:
                 continue
             fastest = min(others, key=lambda entry: entry["seconds"]["median"])
-            speed = times_of(fastest["seconds"]["all"], who["seconds"]["all"])
+            ratios = ratios_of(fastest["seconds"]["all"], who["seconds"]["all"])
+            speed = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             memory = "" if goal.memory is None else f"{who['peak_bytes'] / fastest['peak_bytes']:.2f}"
             most = "" if goal.memory is None else f"{goal.memory:g}"
             lines.append(
                 f"| {goal.work} | {': '.join(goal.who)} | {fastest['contestant']}: {fastest['method']} | {dtype} "
-                f"| {speed:.2f} | {faster:.3g} | {memory} | {most} |"
+                f"| {speed} | {faster:.3g} | {memory} | {most} |"
             )
     return "\n".join(lines) + "\n"
 

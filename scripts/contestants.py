@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import torch.nn.functional as F
 from benchmark_preprocessing import load_photos
@@ -38,7 +39,10 @@ from transformers.activations import NewGELUActivation
 from imageprompt import ImagePromptCollator, ImagePromptConfig, ImagePromptForConditionalGeneration, compose
 from imageprompt.cpu import multiplies_bf16, prepack_weights
 from imageprompt.data.augmenting import augmentation
+from imageprompt.data.feature_cache import cache_features
 from imageprompt.data.packing import pack
+from imageprompt.data.rows import Rows
+from imageprompt.data.sources import Source
 from imageprompt.generating import stream_texts
 from imageprompt.training.tokenizing import train_tokenizer
 
@@ -295,6 +299,10 @@ class Ours(Contestant):
         prepack_weights(self.to_answer())
         return self
 
+    def decode_static_prepacked(self) -> Callable[[], Any]:
+        """As `decode_static`, with prepacked weights."""
+        return self._prepacked().decode_static()
+
     def decode_static(self) -> Callable[[], Any]:
         """As `decode`, with a cache whose size is fixed beforehand."""
         most = self.image_tokens + self.sizes.text_tokens + self.sizes.new_tokens
@@ -328,9 +336,14 @@ class OursPooled(Ours):
         return self._training_on(self.unlike_lengths())
 
     def train_packed(self) -> Callable[[], Any]:
-        """As `train_padded`, with a `--pack_length` for which all rows lie one behind the other."""
-        batch = self.unlike_lengths()
-        return self._training_on(pack(batch, batch["input_ids"].numel()))
+        """As `train_padded`, with `--pack_length 512`."""
+        return self._training_on(pack(self.unlike_lengths(), 512))
+
+    def train_grouped(self) -> Callable[[], Any]:
+        """A batch that has as many tokens as that of `train_padded`, in texts of one length."""
+        length = round(5 / 8 * self.sizes.text_tokens)
+        self.text, self.sizes = self.text[:, :length], replace(self.sizes, text_tokens=length)
+        return self.train()
 
     def unlike_lengths(self) -> BatchFeature:
         """A training batch, padded on the right."""
@@ -355,15 +368,26 @@ class OursPooled(Ours):
     def load_photos(self) -> Callable[[], Any]:
         """A training batch made from files, by one process: decoding, augmentation, tokenising."""
         augment = augmentation((self.sizes.image_size,) * 2, {})
-        processor, photos = self.small_captioner()[1], self.photos(self.sizes.batch)
+        processor, photos = self.captioner()[1], self.photos(self.sizes.batch)
         collate = ImagePromptCollator(processor)
         return lambda: collate([{"image": augment(Image.open(photo)), "suffix": "a photo"} for photo in photos])
 
+    def load_features(self) -> Callable[[], Any]:
+        """A training batch made from a feature cache, by one process."""
+        (model, processor), photos = self.captioner(), self.photos(self.sizes.batch)
+        model.to(self.device).set_trainable(vision=False)
+        table = datasets.Dataset.from_dict({"image": photos, "suffix": ["a photo"] * len(photos)})
+        rows = Rows(table, Source("photos"))
+        cache_features(Path(photos[0]).parent / "features", model, processor, rows)
+        collate = ImagePromptCollator(processor)
+        return lambda: collate([rows[index] for index in range(len(rows))])
+
     def caption_files(self) -> Callable[[], Any]:
         """Captions of photos on the disk, read by one process while another answers."""
-        (model, processor), photos = self.small_captioner(), self.photos(self.sizes.files)
-        model.to(self.device, self.dtype)
-        settings = {"batch_size": self.sizes.batch, "num_workers": 1, "max_new_tokens": self.sizes.new_tokens}
+        (model, processor), photos = self.captioner(), self.photos(self.sizes.files)
+        prepack_weights(model.to(self.device, self.dtype), strict=False)
+        count = self.sizes.new_tokens
+        settings = {"batch_size": self.sizes.batch, "num_workers": 1, "max_new_tokens": count, "min_new_tokens": count}
         return lambda: list(stream_texts(model, processor, photos, **settings))
 
     def train_frozen(self) -> Callable[[], Any]:
@@ -377,22 +401,26 @@ class OursPooled(Ours):
         return self.train()
 
     def train_frozen_from_features(self) -> Callable[[], Any]:
-        """As `train_frozen`, from the second epoch on with `--feature_cache`."""
+        """As `train_frozen`, with features, which are in memory, in the place of images."""
         self._encode_once()
         return self.train_frozen()
 
     def train_connector_from_features(self) -> Callable[[], Any]:
-        """As `train_connector`, from the second epoch on with `--feature_cache`."""
+        """As `train_connector`, with features, which are in memory, in the place of images."""
         self._encode_once()
         return self.train_connector()
 
-    def small_captioner(self) -> tuple[Any, Any]:
-        """A model of the same backbone with a tiny language model, in the place of the large one, and its processor."""
+    def captioner(self) -> tuple[Any, Any]:
+        """A model of the same sizes, in the place of the first, and its processor, whose tokenizer has few words."""
         tokenizer = train_tokenizer(["a photo of something"] * 10, 300)
-        text = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=len(tokenizer))
         preprocessing = {"input_size": (3, self.sizes.image_size, self.sizes.image_size)}
         self.model, processor = compose(
-            self.sizes.backbone, text, tokenizer=tokenizer, pretrained=False, preprocessing=preprocessing
+            self.sizes.backbone,
+            self.sizes.gpt2(),
+            tokenizer=tokenizer,
+            pretrained=False,
+            preprocessing=preprocessing,
+            num_image_tokens=self.image_tokens,
         )
         return self.model, processor
 
@@ -539,6 +567,13 @@ class Bandwidth(Ours):
         return step
 
 
+class GemmsPooled(OursPooled):
+    """As `Gemms`, with the patches averaged to a quarter."""
+
+    def train(self):
+        return _products(super().train(), self.model)
+
+
 class Gemms(Ours):
     """The usual floor: a work's matrix products alone, one behind the other, with the model's own weights."""
 
@@ -603,5 +638,9 @@ def _decoding(model: torch.nn.Module, cache: Any, mask: torch.Tensor) -> Callabl
     return step
 
 
-KINDS = (Ours, OursPooled, OursLongText, OursSmallText, Llava, EncoderDecoder, Loop, Gpt2, Bandwidth, Gemms)
+KINDS = (
+    *(Ours, OursPooled, OursLongText, OursSmallText),
+    *(Llava, EncoderDecoder, Loop, Gpt2),
+    *(Bandwidth, Gemms, GemmsPooled),
+)
 CONTESTANTS = {kind.__name__: kind for kind in KINDS}

@@ -1,6 +1,9 @@
 """Captions of a folder: all of them, whatever stops the run or is broken, and none that another model wrote."""
 
 import json
+import os
+import shutil
+import sys
 
 import pytest
 import torch
@@ -84,6 +87,16 @@ def test_a_broken_image_has_its_error_and_another_chance(saved, photos, tmp_path
     assert sorted(captions(output)) == sorted(photos) and len(records(output)) == 5
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_may_have_other_bytes_than_utf8(saved, photos, tmp_path):
+    other = os.fsdecode(os.fsencode(tmp_path / "photos") + b"/caf\xe9.png")
+    shutil.copy(photos[0], other)
+    output = tmp_path / "c.jsonl"
+    assert caption_images(saved[2], [other], output) == (1, 0)
+    assert caption_images(saved[2], [other, photos[0]], output) == (2, 0)
+    assert set(captions(output)) == {other, photos[0]}
+
+
 def test_captions_of_another_model_or_prompt_are_refused(saved, photos, tmp_path, tokenizer):
     output = tmp_path / "c.jsonl"
     caption_images(saved[2], photos[:1], output)
@@ -95,6 +108,10 @@ def test_captions_of_another_model_or_prompt_are_refused(saved, photos, tmp_path
     with pytest.raises(ValueError, match=r"was written otherwise, with .*model\.weights_sha256"):
         caption_images(str(tmp_path / "other"), photos, output)
     assert output.read_text() == before
+    for line in ("5", "{"):
+        output.write_text(f"{before}{line}\n")
+        with pytest.raises(ValueError, match=r"c\.jsonl has a line that is no JSON object"):
+            caption_images(saved[2], photos, output)
     (tmp_path / "c.jsonl.about.json").unlink()
     with pytest.raises(ValueError, match=r"c\.jsonl is there already and no captions of imageprompt's"):
         caption_images(saved[2], photos, output)

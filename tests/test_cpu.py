@@ -75,6 +75,17 @@ def test_answers_behind_a_prefix_are_those_of_the_plain_model(tokenizer):
     assert torch.equal(ask(), expected)
 
 
+@torch.no_grad()
+def test_compiled_answers_are_those_of_the_plain_model(tokenizer):
+    model, processor = lively(tokenizer)
+    inputs = processor(images=picture(0), text="What is it?", return_tensors="pt")
+    expected = model(**inputs).logits
+    prepack_weights(model)
+    found = torch.compile(model)(**inputs).logits
+    torch.compiler.reset()
+    assert max_difference(found, expected) < 1e-5 * max(1, expected.abs().max().item())
+
+
 def test_every_layer_of_the_text_is_packed_and_nothing_else(model):
     tower = [type(part) for part in model.model.vision_tower.modules()]
     connector = [type(part) for part in model.model.connector.modules()]
