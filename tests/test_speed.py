@@ -1,7 +1,8 @@
-"""The tables of docs/speed.md are those of the committed file, and what it lacks is said."""
+"""The tables of docs/speed.md, and the figures between them, are those of the committed files; what they lack is said."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import benchmark
 import pytest
@@ -10,6 +11,7 @@ from contestants import DTYPES, REFERENCE
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "speed.md").read_text()
+SAID = " ".join(PAGE.split())
 FOUND = json.loads((DOCS / "speed" / "benchmark.json").read_text())
 RUNS = FOUND["runs"]
 SCALING = json.loads((DOCS / "speed" / "scaling.json").read_text())
@@ -23,6 +25,45 @@ def test_tables_are_what_was_measured(make):
 @pytest.mark.parametrize("make", [scaling.table, scaling.throughput])
 def test_what_one_more_costs_is_what_was_measured(make):
     assert make(SCALING["curves"]) in PAGE
+
+
+def run(work: str, who: str, method: str) -> dict[str, Any]:
+    (found,) = [r for r in RUNS if (r["work"], r["contestant"], r["method"]) == (work, who, method)]
+    return found
+
+
+def seconds(work: str, who: str, method: str) -> float:
+    return run(work, who, method)["seconds"]["median"]
+
+
+def times(work: str, some: tuple[str, str], others: tuple[str, str]) -> float:
+    """The median ratio of their seconds."""
+    return benchmark.times_of(*(run(work, *who)["seconds"]["all"] for who in (some, others)))
+
+
+def share(work: str, who: str, method: str, *operations: str) -> float:
+    """Of the time of all operations."""
+    return sum(run(work, who, method)["share_by_operation"].get(f"aten::{name}", 0) for name in operations)
+
+
+def gigabytes(work: str, some: tuple[str, str], others: tuple[str, str]) -> float:
+    """By how much one peak is above the other."""
+    more, less = (run(work, *who)["peak_bytes"] for who in (some, others))
+    return (more - less) / 1e9
+
+
+def curve(name: str, who: str, method: str) -> dict[str, Any]:
+    (found,) = [c for c in SCALING["curves"] if (c["name"], c["contestant"], c["method"]) == (name, who, method)]
+    return found
+
+
+STATEMENTS = [
+]
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_figures_in_sentences_are_what_was_measured(statement):
+    assert statement in SAID
 
 
 def test_every_point_of_every_curve_was_measured():
@@ -43,8 +84,7 @@ def test_every_contestant_of_a_work_was_measured_at_the_sizes_of_reference():
 def test_what_was_not_measured_is_said():
     works, dtypes = ({run[name] for run in RUNS} for name in ("work", "dtype"))
     missing = [name for name in benchmark.WORKS if name not in works] + [name for name in DTYPES if name not in dtypes]
-    said = " ".join(PAGE.split())
-    assert not missing or f"Not measured yet: {'; '.join(missing)}." in said
+    assert not missing or f"Not measured yet: {'; '.join(missing)}." in SAID
 
 
 def test_the_training_page_says_what_compiling_brought():

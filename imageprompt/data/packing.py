@@ -1,4 +1,4 @@
-"""Packing: rows one behind the other in a line, so that no position is spent on padding.
+"""Packing: rows one behind the other in a line, so that only the ends of lines are padding.
 
 The library keeps rows of a line apart by their positions, which begin with 0 in each: attention stays within a row
 (a block-diagonal mask), and so row, loss and gradients are what they are with padding. Which language models and
