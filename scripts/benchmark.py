@@ -413,15 +413,20 @@ def choose(names: Iterable[str], parts: str) -> list[str]:
     return [name for name in names if not parts or any(part in name for part in parts.split(","))]
 
 
-def circumstances(sizes: Sizes) -> dict[str, Any]:
-    """What a result holds besides what was measured: all that it depends on."""
+def code_digest() -> str:
+    """Of the package and the scripts; each entry of a result has that of its own run."""
     code = hashlib.sha256()
     for file in sorted([*SCRIPTS.glob("*.py"), *(SCRIPTS.parent / "imageprompt").rglob("*.py")]):
         code.update(file.read_bytes())
+    return code.hexdigest()
+
+
+def circumstances(sizes: Sizes) -> dict[str, Any]:
+    """What a result holds besides what was measured: all that it depends on but the code."""
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
     threads = torch.get_num_threads()
-    return {"sizes": asdict(sizes), "device": device, "threads": threads, "code": code.hexdigest()} | provenance()
+    return {"sizes": asdict(sizes), "device": device, "threads": threads} | provenance()
 
 
 def begin(circumstances: dict[str, Any], name: str, output: Path | None) -> dict[str, Any]:
@@ -469,7 +474,8 @@ def main(
     for work in choose(WORKS, works):
         for dtype in chosen:
             jobs = [Job(name, method, sizes) for name, method in WORKS[work] if is_for_this_machine(method)]
-            runs = [{"work": work} | entry for entry in compare(work, jobs, dtype, repeats, 0 if quick else at_least)]
+            code, found = code_digest(), compare(work, jobs, dtype, repeats, 0 if quick else at_least)
+            runs = [{"work": work, "code": code} | entry for entry in found]
             for entry in runs if peak_tflops is not None else []:
                 entry["model_flops_utilization"] = entry["flops"] / entry["seconds"]["median"] / 1e12 / peak_tflops
             result["runs"] = put_in_place(result["runs"], runs, lambda run: order.index((run["work"], run["dtype"])))

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from benchmark import Job, begin, choose, circumstances, compare, is_for_this_machine, put_in_place, write
+from benchmark import (
+    Job,
+    begin,
+    choose,
+    circumstances,
+    code_digest,
+    compare,
+    is_for_this_machine,
+    put_in_place,
+    write,
+)
 from contestants import QUICK, REFERENCE, dtypes_of_this_machine
 
 
@@ -36,13 +46,13 @@ _GENERATE = (
 )
 _TRAIN_AND_GENERATE = (("Ours", "train"), ("Ours", "generate"))
 CURVES = {
-    "rows that are learnt at once": Curve("batch", (1, 4, 8), (("OursPooled", "train"),)),
+    "rows that are learnt at once": Curve("batch", (1, 2, 4, 8), (("OursPooled", "train"),)),
     "images that are captioned at once": Curve("batch", (1, 8, 32, 64), _GENERATE),
-    "tokens of an image": Curve("image_tokens", (1, 49, 196), _TRAIN_AND_GENERATE),
+    "tokens of an image": Curve("image_tokens", (1, 4, 49, 196), _TRAIN_AND_GENERATE),
     "tokens of a text": Curve("text_tokens", (8, 32, 128), (("OursPooled", "train"),)),
-    "new tokens": Curve("new_tokens", (8, 32, 64), (("OursPooled", "generate"),)),
+    "new tokens": Curve("new_tokens", (8, 16, 32, 64), (("OursPooled", "generate"),)),
     "images in a row": Curve("images", (1, 2, 4), (("OursPooled", "train"), ("OursPooled", "generate"))),
-    "questions about one image": Curve("questions", (1, 16, 64), (("Ours", "questions_together_behind_a_prefix"),)),
+    "questions about one image": Curve("questions", (1, 4, 16, 64), (("Ours", "questions_together_behind_a_prefix"),)),
     "photos on the disk": Curve("files", (8, 16, 32), (("OursPooled", "caption_files"),)),
 }
 
@@ -122,7 +132,7 @@ def main(
     sizes, dtype = QUICK if quick else REFERENCE, dtype or dtypes_of_this_machine()[-1]
     result = begin(circumstances(sizes) | {"dtype": dtype}, "curves", output)
     for name in choose(CURVES, curves):
-        curve, found = CURVES[name], []
+        curve, found, code = CURVES[name], [], code_digest()
         values = (1, 4, 16) if quick else curve.values
         for contestant, method in filter(lambda pair: is_for_this_machine(pair[1]), curve.series):
             jobs = [Job(contestant, method, replace(sizes, **{curve.size: value})) for value in values]
@@ -130,6 +140,7 @@ def main(
             found.append(
                 {
                     "name": name,
+                    "code": code,
                     "size": curve.size,
                     "contestant": contestant,
                     "method": method,

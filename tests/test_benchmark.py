@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from benchmark import WORKS, Job, _forget_peak, _peak, begin, choose, compare, times_of, write
+from benchmark import WORKS, Job, _forget_peak, _peak, begin, choose, code_digest, compare, times_of, write
 from benchmark import table as table_of_works
 from contestants import CONTESTANTS, QUICK
 from scaling import CURVES, line, throughput
@@ -221,6 +221,7 @@ def test_the_benchmark_writes_what_it_measured(tmp_path):
     assert [(run["contestant"], run["method"]) for run in found["runs"]] == WORKS["train, and the floor"]
     ours, gemms = found["runs"]
     for run in (ours, gemms):
+        assert run["code"] == code_digest()
         assert run["seconds"]["lowest"] == min(run["seconds"]["all"]) > 0 and len(run["seconds"]["all"]) == 2
         assert run["peak_bytes"] > 1e8 and 0 < sum(run["share_by_operation"].values()) <= 1.001
     ratio = times_of(gemms["seconds"]["all"], ours["seconds"]["all"])

@@ -127,6 +127,7 @@ def test_every_contestant_of_a_work_was_measured_at_the_sizes_of_reference():
     for work, dtype in {(run["work"], run["dtype"]) for run in RUNS}:
         found = [(run["contestant"], run["method"]) for run in RUNS if (run["work"], run["dtype"]) == (work, dtype)]
         assert found == benchmark.WORKS[work]
+        assert len({run["code"] for run in RUNS if (run["work"], run["dtype"]) == (work, dtype)}) == 1
     assert FOUND["sizes"] == vars(REFERENCE)
 
 
