@@ -68,6 +68,17 @@ def pace(name: str, who: str, method: str) -> str:
     return f"{found['flops']['each'] / found['seconds']['each'] / 1e9:.0f}"
 
 
+def best(who: str, method: str) -> float:
+    """Captions a second at the best batch size."""
+    found = curve("images that are captioned at once", who, method)
+    return max(n / point["seconds"]["median"] for n, point in zip(found["values"], found["points"], strict=True))
+
+
+def each(who: str, method: str) -> float:
+    """GFLOP of one more image that is captioned."""
+    return curve("images that are captioned at once", who, method)["flops"]["each"] / 1e9
+
+
 OURS, POOLED, PEER = ("Ours", "train"), ("OursPooled", "train"), ("EncoderDecoder", "train")
 ALL, QUARTER, FROZEN = "train, all image tokens", "train, a quarter of the tokens", "train, a frozen tower"
 LOGITS, GELU, FLOOR = "train, logits where there are labels", "train, GELU as one operation", "train, and the floor"
@@ -82,6 +93,10 @@ STATEMENTS = [
     f"{tera(FROZEN, 'EncoderDecoder', 'train_frozen')} against {tera(FROZEN, 'OursPooled', 'train_frozen')} TFLOP, or "
     f"with features {tera(FROZEN, 'OursPooled', 'train_frozen_from_features')}.",
     f"would be {times(QUARTER, PEER, ('GemmsPooled', 'train')):.2f} times as fast as that peer",
+    f"{best('OursPooled', 'generate_prepacked'):.2f} captions a second with prepacked weights, against "
+    f"{best('EncoderDecoder', 'generate'):.2f} of VisionEncoderDecoder",
+    f"{best('OursPooled', 'generate_prepacked') / best('EncoderDecoder', 'generate'):.2f} times as fast; the goal",
+    f"{each('OursPooled', 'generate'):.1f} against {each('EncoderDecoder', 'generate'):.1f} GFLOP",
     f"`cat` takes {share(QUESTIONS, 'Ours', TOGETHER, 'cat'):.0%} of the time, and "
     f"{share(QUESTIONS, 'Ours', f'{TOGETHER}_prepacked', 'cat'):.0%} with prepacked weights",
     f"Reading the same bytes takes {seconds(DECODE, 'Bandwidth', 'decode'):.3f} seconds",
